@@ -1,0 +1,53 @@
+# Set-up needs Python 3.11 or newer, make, and a C++ compiler (torch.compile calls it). Everything else goes into .venv.
+#
+#   make demo       run the main job on the bundled model; pictures and report.html land in demo/
+#   make test       the whole gate
+#   make test-slow  the tests that take minutes
+#   make format     rewrite the sources as the gate wants them
+#   make clean      remove everything that make and the tools wrote, .venv included
+#
+# PYTHON=... picks the interpreter that makes .venv. Where pip would fetch a CUDA build of torch, PIP_EXTRA_INDEX_URL
+# set to PyTorch's index of CPU wheels makes it take the CPU build of the same version.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: demo test test-slow lint format clean install
+.DELETE_ON_ERROR:
+
+demo: $(INSTALLED)
+	$(BIN)/qdiff-fx demo --out demo
+
+test: lint
+	$(BIN)/python -m pytest -q
+
+test-slow: $(INSTALLED)
+	$(BIN)/python -m pytest -q -m slow
+
+lint: $(INSTALLED)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+format: $(INSTALLED)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+install: $(INSTALLED)
+
+# torch goes first, alone: it brings setuptools, so that the editable build needs no environment of its own
+# and every version in use, the build's included, is one that constraints.txt pins.
+$(INSTALLED): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "no python3 on PATH: install Python 3.11 or newer, or set PYTHON=" >&2; exit 2; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "$(PYTHON) is older than Python 3.11: set PYTHON= to a newer one" >&2; exit 2; }
+	"$(PYTHON)" -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch setuptools
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[report,eval,dev]'
+	touch $@
+
+clean:
+	rm -rf .venv build dist demo *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,227 @@
+"""Latency of one UNet step on the CPU: torch.compile in fp32 and bf16 against the converted model on the x86 backend.
+
+    OMP_NUM_THREADS=1 python benchmarks/latency.py fashion ddpm-cifar10 --out docs/results-latency.json
+
+All arms of a case run in one process, interleaved, under the same threads and malloc settings; medians, and medians of
+the ratios of neighbouring runs. Cases already in the JSON are kept unless they are named again; the table is written
+beside it as .md. Architectures other than the bundled ones have random weights: their latency is real, quality is not
+asked for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel, UNet2DModel
+from torch import Tensor
+
+import qdiff_fx
+from qdiff_fx.assets import load_conditional, load_unconditional
+from qdiff_fx.kernels import BACKENDS
+from qdiff_fx.safe_io import write_bytes, write_json
+
+# Big outputs come from fresh pages otherwise, and page faults hide everything.
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": "1073741824", "MALLOC_TRIM_THRESHOLD_": "4294967296"}
+BATCH = 2
+BASELINE = "bf16 compile"
+
+
+def fashion() -> tuple[torch.nn.Module, dict[str, Tensor]]:
+    return load_unconditional().unet, {"sample": torch.randn(BATCH, 1, 28, 28)}
+
+
+def fashion_conditional() -> tuple[torch.nn.Module, dict[str, Tensor]]:
+    pipe = load_conditional()
+    return pipe.unet, {"sample": torch.randn(BATCH, 1, 28, 28), "encoder_hidden_states": pipe.context[:BATCH].float()}
+
+
+def ddpm_cifar10() -> tuple[torch.nn.Module, dict[str, Tensor]]:
+    """google/ddpm-cifar10-32: 35.7 M parameters."""
+    unet = UNet2DModel(
+        sample_size=32,
+        in_channels=3,
+        out_channels=3,
+        block_out_channels=(128, 256, 256, 256),
+        layers_per_block=2,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=None,
+        downsample_padding=0,
+        flip_sin_to_cos=False,
+        freq_shift=1,
+        norm_eps=1e-6,
+        mid_block_scale_factor=1,
+    )
+    return unet.eval(), {"sample": torch.randn(BATCH, 3, 32, 32)}
+
+
+def stable_diffusion(size: int) -> tuple[torch.nn.Module, dict[str, Tensor]]:
+    """Stable Diffusion 1.5: 860 M parameters."""
+    unet = UNet2DConditionModel(cross_attention_dim=768, attention_head_dim=8, sample_size=size)
+    inputs = {"sample": torch.randn(BATCH, 4, size, size), "encoder_hidden_states": torch.randn(BATCH, 77, 768)}
+    return unet.eval(), inputs
+
+
+CASES: Mapping[str, Callable[[], tuple[torch.nn.Module, dict[str, Tensor]]]] = {
+    "fashion": fashion,
+    "fashion-conditional": fashion_conditional,
+    "ddpm-cifar10": ddpm_cifar10,
+    "sd15-32": lambda: stable_diffusion(32),
+    "sd15-64": lambda: stable_diffusion(64),
+}
+
+
+def main() -> None:
+    if any(os.environ.get(key) != value for key, value in MALLOC.items()):
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | MALLOC)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cases", nargs="+", choices=list(CASES))
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--presets", nargs="+", default=["w8a8", "w4a8"])
+    arguments = parser.parse_args()
+    results = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
+    for name in arguments.cases:
+        torch.manual_seed(0)
+        results[name] = measure(name, arguments.presets, arguments.repeats)
+        write_json(arguments.out, results)
+        write_bytes(arguments.out.with_suffix(".md"), table(results).encode())
+
+
+def measure(name: str, presets: list[str], repeats: int) -> dict[str, Any]:
+    module, inputs = CASES[name]()
+    arms: dict[str, Callable[[], Tensor]] = {}
+    converted = [(presets[0], torch.float32), *((preset, torch.bfloat16) for preset in presets)]
+    timestep = torch.full((BATCH,), 500.0)
+
+    def add(label: str, model: Any, dtype: torch.dtype) -> None:
+        cast = {key: value.to(dtype) for key, value in inputs.items()}
+        arms[label] = lambda: model(**cast, timestep=timestep, return_dict=False)[0]
+
+    for preset, dtype in converted:
+        add(f"{preset} {short(dtype)}", quantize(module, inputs, preset, dtype).compile(), dtype)
+    add("fp32 compile", torch.compile(module, fullgraph=True), torch.float32)
+    add(BASELINE, torch.compile(copy.deepcopy(module).to(torch.bfloat16), fullgraph=True), torch.bfloat16)
+    with torch.no_grad():
+        exact = module(**inputs, timestep=timestep, return_dict=False)[0]
+        quality = {}
+        for label, run in arms.items():
+            started = time.perf_counter()
+            quality[label] = decibels(exact, run())
+            print(f"{name}: {label} compiled in {time.perf_counter() - started:.0f} s", flush=True)
+        times = interleaved(arms, repeats)
+    return {
+        "isa": torch.backends.cpu.get_cpu_capability(),
+        "amx": bool(torch.cpu._is_amx_tile_supported()),
+        "vnni": BACKENDS["x86"].unavailable("cpu") is None,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "batch": BATCH,
+        "int8_matmul_gops": matmul_gops(),
+        "arms": {
+            label: {
+                "milliseconds": 1e3 * median(times[label]),
+                "speed_over_bf16": median(b / a for a, b in zip(times[label], times[BASELINE], strict=True)),
+                "speed_over_fp32": median(b / a for a, b in zip(times[label], times["fp32 compile"], strict=True)),
+                "sqnr_db": quality[label],
+            }
+            for label in ("fp32 compile", BASELINE, *(label for label in arms if "compile" not in label))
+        },
+    }
+
+
+def quantize(
+    module: torch.nn.Module, inputs: Mapping[str, Tensor], preset: str, dtype: torch.dtype
+) -> qdiff_fx.QuantizedUNet:
+    """`module` observed on three noise levels; enough for latency, and for ranges of random inputs."""
+    config = qdiff_fx.QDiffConfig.preset(
+        preset,
+        weight_slack=0.0,
+        activation_slack=0.0,
+        equalize=False,
+        weight_observer="minmax",
+        activation_observer="minmax",
+    )
+    prepared = qdiff_fx.prepare(module, config)
+    for timestep in (10.0, 500.0, 990.0):
+        prepared(**inputs, timestep=torch.full((BATCH,), timestep))
+    return qdiff_fx.convert(prepared, backend="x86", dtype=dtype, release=True)
+
+
+def interleaved(arms: Mapping[str, Callable[[], Tensor]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of every run, arms taking turns, so that a busy moment of the machine hits all of them."""
+    times: dict[str, list[float]] = {label: [] for label in arms}
+    for turn in range(repeats + 2):
+        for label, run in arms.items():
+            started = time.perf_counter()
+            run()
+            if turn >= 2:  # warm caches first
+                times[label].append(time.perf_counter() - started)
+    return times
+
+
+def matmul_gops() -> float:
+    """What this machine's int8 matmul reaches on 1024 x 1280 x 1280, in 10^9 operations a second."""
+    from qdiff_fx.kernels.x86 import prepack_linear
+
+    rows, size = 1024, 1280
+    x = torch.randint(0, 256, (rows, size), dtype=torch.uint8)
+    weight = prepack_linear(torch.randint(-127, 128, (size, size), dtype=torch.int8))
+    scale = torch.ones(size)
+    times = []
+    for _ in range(20):
+        started = time.perf_counter()
+        torch.ops.qdiff.x86_linear(x, weight, scale, None, 1.0, 0, size, torch.float32)
+        times.append(time.perf_counter() - started)
+    return 2 * rows * size * size / min(times) / 1e9
+
+
+def decibels(exact: Tensor, seen: Tensor) -> float:
+    error = (exact.double() - seen.double()).pow(2).sum()
+    return float(10 * torch.log10(exact.double().pow(2).sum() / error)) if error > 0 else float("inf")
+
+
+def short(dtype: torch.dtype) -> str:
+    return {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
+
+
+def table(results: Mapping[str, Any]) -> str:
+    lines = [
+        "# Latency on the CPU",
+        "",
+        "Written by `python benchmarks/latency.py CASE ... --out docs/results-latency.json`: one UNet step, arms",
+        "interleaved in one process, medians. The arm `w4a8 bf16` has 4-bit weights, 8-bit activations, bf16 carrier.",
+        "SQNR is against fp32 on one random input without calibration data: it compares arms, not methods.",
+    ]
+    for name, case in results.items():
+        isa = f"{case['isa']}{', VNNI' if case['vnni'] else ''}, {'AMX' if case['amx'] else 'no AMX'}"
+        lines += [
+            "",
+            f"## {name}, batch {case['batch']}",
+            "",
+            f"{isa}; {case['threads']} thread(s); torch {case['torch']}; "
+            f"int8 matmul {case['int8_matmul_gops']:.0f} GOPS in the same run.",
+            "",
+            "| arm | ms a step | against bf16 compile | against fp32 compile | SQNR, dB |",
+            "|---|---|---|---|---|",
+        ]
+        for label, arm in case["arms"].items():
+            lines.append(
+                f"| {label} | {arm['milliseconds']:.1f} | {arm['speed_over_bf16']:.2f}x | "
+                f"{arm['speed_over_fp32']:.2f}x | {arm['sqnr_db']:.1f} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()

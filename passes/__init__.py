@@ -1,0 +1,1 @@
+"""Graph passes: the ordered PREPARE, CONVERT and LOWER tables."""

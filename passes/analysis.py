@@ -1,0 +1,77 @@
+"""Structural facts about a captured UNet that several passes need. Nothing here knows a library's class names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import fx
+
+from qdiff_fx.graph.edit import LAYER_OPERATORS, RANGE_KEEPING
+from qdiff_fx.graph.meta import SPLIT_ADD
+from qdiff_fx.graph.signature import CallSignature
+
+aten = torch.ops.aten
+
+_SCALING = (aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor, aten.sub.Tensor, aten.mul.Scalar, aten.rsub.Scalar)
+_CARRYING = (
+    *RANGE_KEEPING,
+    aten.cat.default,
+    aten.pad.default,
+    aten.constant_pad_nd.default,
+    aten.slice.Tensor,
+    aten.permute.default,
+    aten.transpose.int,
+    aten.view.default,
+    aten.reshape.default,
+    aten.pixel_unshuffle.default,
+)
+
+
+def reads_sample(node: fx.Node, signature: CallSignature) -> bool:
+    """Whether `node` is the noisy sample itself: moved, joined, padded or scaled by constants, but not yet mixed."""
+    pending = [node]
+    while pending:
+        current = pending.pop()
+        if current.op == "placeholder":
+            if current.name == signature.sample:
+                return True
+        elif current.target in _CARRYING or _scales_by_constant(current):
+            pending.extend(current.all_input_nodes)
+    return False
+
+
+def depends_on_sample(node: fx.Node, signature: CallSignature) -> bool:
+    """Whether any tensor path leads from the noisy sample to `node`; its sizes do not count."""
+    seen: dict[fx.Node, None] = {}
+    pending = [node]
+    while pending:
+        current = pending.pop()
+        if current in seen or isinstance(current.meta.get("val"), torch.SymInt):
+            continue
+        seen[current] = None
+        if current.op == "placeholder" and current.name == signature.sample:
+            return True
+        pending.extend(current.all_input_nodes)
+    return False
+
+
+def output_layers(graph: fx.Graph) -> tuple[fx.Node, ...]:
+    """The layers that make the first output: reached backwards through range-keeping operators, scaling and adds."""
+    return tuple(dict.fromkeys(_output_layers(graph)))
+
+
+def _output_layers(graph: fx.Graph) -> Iterator[fx.Node]:
+    outputs = graph.output_node().args[0]
+    first = outputs[0] if isinstance(outputs, (tuple, list)) else outputs
+    pending = [first] if isinstance(first, fx.Node) else []
+    while pending:
+        current = pending.pop()
+        if current.target in LAYER_OPERATORS:
+            yield current
+        elif current.target in _CARRYING or _scales_by_constant(current) or SPLIT_ADD.get(current):
+            pending.extend(current.all_input_nodes)
+
+
+def _scales_by_constant(node: fx.Node) -> bool:
+    return node.target in _SCALING and len(node.all_input_nodes) == 1

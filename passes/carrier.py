@@ -1,0 +1,81 @@
+"""Change the carrier type of a converted graph."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from qdiff_fx.graph.edit import LAYER_OPERATORS, create_call, get_tensor, set_tensor
+from qdiff_fx.graph.meta import FIXED_DTYPE
+from qdiff_fx.graph.signature import CallSignature
+
+aten = torch.ops.aten
+qdiff = torch.ops.qdiff
+
+
+def set_carrier(plan: fx.GraphModule, signature: CallSignature, dtype: torch.dtype) -> CallSignature:
+    """Make `dtype` the type of everything in `plan` that is not an integer, a scale or timestep arithmetic.
+
+    Changes `plan` in place and returns its new signature.
+    """
+    old = signature.input(signature.sample).dtype
+    if old == dtype:
+        return signature
+    float32 = _scale_nodes(plan.graph)
+    for node in plan.graph.nodes:
+        if node.op == "get_attr" and node not in float32:
+            tensor = get_tensor(plan, node.target)
+            if tensor.dtype == old:
+                cast = tensor.detach().to(dtype)
+                set_tensor(plan, str(node.target), nn.Parameter(cast, requires_grad=False))
+        elif node.op == "call_function" and not FIXED_DTYPE.get(node):
+            node.args = fx.node.map_aggregate(node.args, lambda item: dtype if item == old else item)
+            node.kwargs = fx.node.map_aggregate(node.kwargs, lambda item: dtype if item == old else item)
+    _cast_into_layers(plan, dtype)
+    plan.graph.lint()
+    plan.recompile()
+    inputs = tuple(
+        replace(item, dtype=dtype) if item.dtype == old and item.name != signature.timestep else item
+        for item in signature.inputs
+    )
+    return replace(signature, inputs=inputs)
+
+
+def _scale_nodes(graph: fx.Graph) -> dict[fx.Node, None]:
+    """Constants that stay float32: scales, and reciprocals of scales. A bias follows the carrier."""
+    found: dict[fx.Node, None] = {}
+    for node in graph.nodes:
+        positions: dict[Any, int] = {
+            qdiff.quantize.default: 1,
+            qdiff.conv2d.default: 2,
+            qdiff.linear.default: 2,
+            qdiff.dequantize_weight.default: 1,
+        }
+        if node.target in positions:
+            found[node.args[positions[node.target]]] = None
+    return found
+
+
+def _cast_into_layers(plan: fx.GraphModule, dtype: torch.dtype) -> None:
+    """Cast what timestep arithmetic hands to a carrier-type layer without a cast of its own."""
+    for node in plan.graph.nodes:
+        source = node.args[0] if node.target in LAYER_OPERATORS else None
+        if isinstance(source, fx.Node) and _stays_float32(source):
+            with plan.graph.inserting_before(node):
+                node.update_arg(0, create_call(plan.graph, aten.to.dtype, (source, dtype), like=source))
+
+
+def _stays_float32(node: fx.Node) -> bool:
+    pending = [node]
+    while pending:
+        current = pending.pop()
+        if FIXED_DTYPE.get(current):
+            return True
+        if current.op == "call_function" and current.target not in (aten.to.dtype, *LAYER_OPERATORS):
+            if not isinstance(current.meta.get("val"), Tensor) or str(current.target).startswith("qdiff"):
+                continue
+            pending.extend(item for item in current.all_input_nodes if isinstance(item.meta.get("val"), Tensor))
+    return False

@@ -1,0 +1,70 @@
+"""Quantize steps as plain ATen, which inductor fuses into whatever makes their input."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from qdiff_fx.graph.edit import copy_provenance, shape_of
+from qdiff_fx.kernels.reference import quantize_activation
+from qdiff_fx.passes.base import PassContext, RewritePass
+
+aten = torch.ops.aten
+qdiff = torch.ops.qdiff
+
+
+class LowerQuantize(RewritePass[fx.Node]):
+    """qdiff.quantize becomes the ATen calls of `reference.quantize_activation`, images channels_last.
+
+    The calls are traced from the reference, so that its arithmetic is not written down a second time. The layout is
+    what integer convolutions read; compiled, it is only the order in which the fused kernel writes.
+
+    Left alone: nothing.
+    """
+
+    def pattern(self, node: fx.Node, graph_module: fx.GraphModule, context: PassContext) -> fx.Node | None:
+        return node if node.target is qdiff.quantize.default else None
+
+    def rewrite(self, match: fx.Node, graph_module: fx.GraphModule, context: PassContext) -> None:
+        x, inv_scale, *constants = match.args
+        assert isinstance(x, fx.Node) and isinstance(inv_scale, fx.Node)
+        traced = _trace(x, inv_scale, constants)
+        placeholders = iter((x, inv_scale))
+        graph = graph_module.graph
+        values: dict[fx.Node, Any] = {}
+        with graph.inserting_before(match):
+            for node in traced.nodes:
+                if node.op == "placeholder":
+                    values[node] = next(placeholders)
+                elif node.op == "call_function":
+                    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda item: values[item])
+                    values[node] = graph.call_function(node.target, args, kwargs)
+                else:
+                    result: fx.Node = values[node.args[0]]
+            if len(shape_of(match) or ()) == 4:
+                result = graph.call_function(aten.contiguous.default, (result,), {"memory_format": torch.channels_last})
+        # Fake values of the steps between would take seconds for a large network, and nothing reads them.
+        for node in values.values():
+            if node not in (x, inv_scale):
+                copy_provenance(match, node)
+        result.meta = dict(match.meta)
+        match.replace_all_uses_with(result)
+        graph.erase_node(match)
+
+
+def _trace(x: fx.Node, inv_scale: fx.Node, constants: list[Any]) -> fx.Graph:
+    """The reference's ATen calls for operands of these ranks and dtypes; they depend on nothing else."""
+    operands = [_example(x, inv_scale, constants[-1]), torch.ones(shape_of(inv_scale) or ())]
+    traced = make_fx(lambda x, inv_scale: quantize_activation(x, inv_scale, *constants))(*operands)
+    graph: fx.Graph = traced.graph
+    return graph
+
+
+def _example(x: fx.Node, inv_scale: fx.Node, channel_axis: int) -> Tensor:
+    shape = [2] * len(shape_of(x) or ())
+    if channels := shape_of(inv_scale):
+        shape[channel_axis] = channels[0]
+    return torch.zeros(shape, dtype=x.meta["val"].dtype)

@@ -1,0 +1,45 @@
+"""Attention in the carrier type."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from qdiff_fx.graph.edit import create_call
+from qdiff_fx.graph.meta import ATTENTION, FALLBACK
+from qdiff_fx.passes.base import PassContext, RewritePass
+
+aten = torch.ops.aten
+qdiff = torch.ops.qdiff
+
+
+class DropAttentionQuantizers(RewritePass[fx.Node]):
+    """qdiff.attention becomes scaled_dot_product_attention in the carrier type, without rounding.
+
+    On x86 no int8 attention beats the bf16 kernel, and rounding without integer products only costs.
+
+    Left alone: everything under strict=True, which keeps the simulated quantization.
+    """
+
+    def pattern(self, node: fx.Node, graph_module: fx.GraphModule, context: PassContext) -> fx.Node | None:
+        return node if node.target is qdiff.attention.default else None
+
+    def check(self, match: fx.Node, graph_module: fx.GraphModule, context: PassContext) -> str | None:
+        return "strict=True keeps quantized attention" if context.strict else None
+
+    def rewrite(self, match: fx.Node, graph_module: fx.GraphModule, context: PassContext) -> None:
+        query, key, value, mask, is_causal, scale = match.args[:6]
+        graph = graph_module.graph
+        with graph.inserting_before(match):
+            call = create_call(
+                graph,
+                aten.scaled_dot_product_attention.default,
+                (query, key, value, mask, 0.0, is_causal),
+                {"scale": scale},
+                like=match,
+            )
+        if (policy := ATTENTION.get(match)) is not None:
+            ATTENTION.set(call, policy)
+        FALLBACK.set(call, "quantizers of q, k, v and softmax dropped: no int8 attention kernel wins on this CPU")
+        match.replace_all_uses_with(call)
+        graph.erase_node(match)

@@ -1,0 +1,40 @@
+"""Weights of layers whose input stays in the carrier type, dequantized once."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from qdiff_fx.graph.edit import get_tensor, set_tensor
+from qdiff_fx.passes.base import PassContext, RewritePass
+
+qdiff = torch.ops.qdiff
+
+
+class DequantizeWeights(RewritePass[fx.Node]):
+    """qdiff.dequantize_weight becomes a constant of the carrier type (docs/decisions/010-x86-kernels.md says why).
+
+    Kernels of convolutions are stored channels_last, as compiled code would otherwise copy them on every call.
+
+    Left alone: weights that are computed in the graph.
+    """
+
+    def pattern(self, node: fx.Node, graph_module: fx.GraphModule, context: PassContext) -> fx.Node | None:
+        return node if node.target is qdiff.dequantize_weight.default else None
+
+    def check(self, match: fx.Node, graph_module: fx.GraphModule, context: PassContext) -> str | None:
+        computed = [item.name for item in match.all_input_nodes if item.op != "get_attr"]
+        return f"{', '.join(computed)}: computed, not stored" if computed else None
+
+    def rewrite(self, match: fx.Node, graph_module: fx.GraphModule, context: PassContext) -> None:
+        args = fx.map_arg(match.args, lambda item: get_tensor(graph_module, item.target))
+        weight = qdiff.dequantize_weight.default(*args)
+        if weight.ndim == 4:
+            weight = weight.contiguous(memory_format=torch.channels_last)
+        name = f"x86_{match.name}"
+        set_tensor(graph_module, name, weight, persistent=False)
+        with graph_module.graph.inserting_before(match):
+            constant = graph_module.graph.get_attr(name)
+        constant.meta = dict(match.meta)
+        match.replace_all_uses_with(constant)
+        graph_module.graph.erase_node(match)

@@ -1,0 +1,1 @@
+"""Bits where they matter: error estimates, sensitivity, allocation, channel factors, quality targets."""

@@ -1,0 +1,357 @@
+"""The verbs: prepare, calibrate, convert, save, load. Wiring only."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import math
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import ModelMixin
+from torch import Tensor, nn
+
+from qdiff_fx.calibration import CalibrationSet
+from qdiff_fx.calibration.driver import (
+    check_data,
+    fit_activations,
+    fit_weights,
+    layer_rows,
+    observe,
+    quantizer_rows,
+    reset,
+)
+from qdiff_fx.calibration.report import CalibrationReport
+from qdiff_fx.checkpoint import DEFAULT_SHARD_BYTES
+from qdiff_fx.config import QDiffConfig
+from qdiff_fx.errors import ConfigError, ConversionError, InputError, NonFiniteError
+from qdiff_fx.examples import example_call
+from qdiff_fx.fake_quantize import NoiseLevel, QuantizerMode
+from qdiff_fx.graph.capture import capture
+from qdiff_fx.graph.edit import freeze_parameters, pruned, shared_copy
+from qdiff_fx.kernels import select_backend
+from qdiff_fx.model import PreparedUNet, QuantizedUNet
+from qdiff_fx.numerics.spec import activation_spec
+from qdiff_fx.observers import create_observer
+from qdiff_fx.passes.base import PassContext, run_passes
+from qdiff_fx.passes.carrier import set_carrier
+from qdiff_fx.passes.convert import CONVERT
+from qdiff_fx.passes.prepare import PREPARE
+from qdiff_fx.reconstruction import BlockResult, ReconstructionConfig, reconstruct
+from qdiff_fx.safe_io import tensor_bytes
+from qdiff_fx.stages import decide, guard, hold_out, measure_quality, meet_target
+
+
+def prepare(
+    unet: nn.Module,
+    config: QDiffConfig | None = None,
+    *,
+    example_inputs: Sequence[Any] | None = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+) -> PreparedUNet:
+    """`unet` as a graph with observers and fake-quantize modules in it; `unet` itself is not changed.
+
+    Args:
+      unet: a diffusers UNet, or any nn.Module together with an example call; in eval mode.
+      config: what to quantize; None is `QDiffConfig.preset("w4a8")`.
+      example_inputs, example_kwargs: an example call with a batch of 2 or more. It fixes the call's form: optional
+        inputs that are given here must be given in every later call, others must not.
+
+    Raises:
+      InputError: for a pipeline, an already prepared or converted model, or a module without example inputs.
+      CaptureError: if the module's Python cannot be captured; names the submodule and the reason.
+    """
+    config = QDiffConfig.preset("w4a8") if config is None else config
+    _check_prepare(unet, config)
+    is_diffusers = isinstance(unet, ModelMixin) and "return_dict" in inspect.signature(unet.forward).parameters
+    if example_inputs is None and example_kwargs is None:
+        example_inputs, example_kwargs = example_call(unet)
+    captured = capture(
+        unet,
+        example_inputs or (),
+        example_kwargs,
+        sample_input=config.sample_input,
+        forced={"return_dict": False} if is_diffusers else None,
+    )
+    context = PassContext(config=config, signature=captured.signature, noise_level=NoiseLevel())
+    results = run_passes(PREPARE, captured.graph_module, context)
+    return PreparedUNet(
+        captured.graph_module,
+        config,
+        context.noise_level,
+        results,
+        signature=captured.signature,
+        output=captured.output,
+        model_config=dict(getattr(unet, "config", None) or {}) if isinstance(unet, ModelMixin) else {},
+        returns_dict=is_diffusers,
+    )
+
+
+def calibrate(
+    prepared: PreparedUNet,
+    data: CalibrationSet | Iterable[tuple[Sequence[Any], Mapping[str, Any]]],
+    *,
+    reconstruction: ReconstructionConfig | None = None,
+    checkpoint_dir: str | Path | None = None,
+    holdout: CalibrationSet | None = None,
+    batch_size: int = 32,
+    progress: bool | None = None,
+) -> CalibrationReport:
+    """Fix every quantizer of `prepared` from `data`; afterwards `prepared` simulates the quantized network.
+
+    What was observed or fitted before is forgotten; layers that were raised stay raised.
+    Observes ranges, folds channel factors (`config.equalize`), spends the slacks on the quantizers that cause most of
+    the error, learns rounding and step sizes if asked, raises further layers until `config.target_sqnr` is reached, and
+    measures the output SQNR on samples that no fit has seen; below 10 dB it warns with the layers and the remedy.
+
+    Args:
+      data: a CalibrationSet, or a list of (args, kwargs) calls.
+      reconstruction: learn weight rounding and activation steps block by block, e.g.
+        `ReconstructionConfig.preset("fast")`; None keeps rounding to nearest and the observers' steps.
+      holdout: samples to measure quality on; None sets a seeded tenth of `data` aside.
+      checkpoint_dir: where the observation and each finished block are kept, so that a killed run continues.
+      batch_size: rows a forward pass.
+      progress: show progress bars; None does so on a terminal.
+
+    Raises:
+      CalibrationError: for an empty set, one of another model, or a target that is out of reach (with the best figure).
+      CheckpointError: if `checkpoint_dir` holds a run of another model, config or calibration set.
+      NonFiniteError: NaN or infinity in weights or activations, naming the layer.
+    """
+    _check_stage(prepared, "calibrate")
+    if not isinstance(data, CalibrationSet):
+        data = CalibrationSet.from_samples(list(data))
+    check_data(data, prepared.signature, dict(prepared.config))
+    started = time.monotonic()
+    config = prepared.qdiff_config
+    data, held = hold_out(data, holdout, config.seed)
+    reset(prepared.graph_module)
+    prepared.set_mode(QuantizerMode.OBSERVE)
+    observe(
+        prepared,
+        prepared.graph_module,
+        data,
+        batch_size=batch_size,
+        seed=prepared.qdiff_config.seed,
+        identity=_identity(prepared, data, batch_size),
+        checkpoint_dir=None if checkpoint_dir is None else Path(checkpoint_dir),
+        progress=progress,
+    )
+    fit_activations(prepared.graph_module)
+    fit_weights(prepared.graph_module, progress=progress)
+    decisions = decide(prepared, data, progress=progress)
+    folder = None if checkpoint_dir is None else Path(checkpoint_dir)
+    blocks = _reconstruct(prepared, data, reconstruction, batch_size, folder, progress) if reconstruction else ()
+    prepared.set_mode(QuantizerMode.QUANTIZE)
+    raises = decisions.raises
+    if config.target_sqnr is not None:
+        data, selection = hold_out(data, None, config.seed + 1)
+        raises += meet_target(prepared, data, selection, progress=progress)
+    quality = measure_quality(prepared, held)
+    prepared.calibrated = True
+    report = CalibrationReport(
+        samples=len(data),
+        timesteps=data.timesteps,
+        fingerprint=data.fingerprint,
+        seconds=time.monotonic() - started,
+        quantizers=tuple(quantizer_rows(prepared.graph_module)),
+        layers=tuple(layer_rows(prepared.graph_module)),
+        reconstruction=tuple(block.to_dict() for block in blocks),
+        factors=tuple(asdict(choice) for choice in decisions.factors),
+        raises=tuple(item.to_dict() for item in raises),
+        quality={
+            "samples": len(held),
+            "pooled_db": _finite_or_none(quality.pooled_db),
+            "median_db": _finite_or_none(quality.median_db),
+            "by_timestep": [[timestep, _finite_or_none(value)] for timestep, value in quality.by_timestep.items()],
+            "accepted": guard(quality, decisions, prepared),
+        },
+    )
+    prepared.calibration = report.summary() | {"shapes": _shapes(data)}
+    return report
+
+
+def convert(
+    prepared: PreparedUNet,
+    backend: str = "auto",
+    *,
+    strict: bool = False,
+    dtype: torch.dtype | None = None,
+    release: bool = False,
+) -> QuantizedUNet:
+    """`prepared` with packed integer weights and integer operators, lowered to `backend`.
+
+    A model that was observed but not calibrated (prepare, run your sampler, convert) gets its grids now.
+
+    Args:
+      backend: "auto", or a name in `qdiff_fx.kernels.BACKENDS`.
+      strict: compute what the plan says everywhere: attention keeps its quantizers, simulated where the backend has
+        no integer kernel for it; a layer that would run in floating point instead of integers is refused.
+      dtype: the carrier type; None keeps the model's own.
+      release: consume `prepared`: its floating weights are freed as they are packed, it cannot be used again.
+
+    Raises:
+      ConversionError: for anything but what `prepare` returned.
+      CalibrationError: if an activation was never observed; names the first such node.
+      BackendError: for an unknown or unavailable backend, or a fallback under `strict`.
+    """
+    _check_stage(prepared, "convert")
+    select_backend(backend, prepared.device.type)  # before anything is consumed
+    fit_activations(prepared.graph_module)
+    fit_weights(prepared.graph_module)
+    graph_module = prepared.graph_module if release else shared_copy(prepared.graph_module)
+    if release:
+        prepared.graph_module = torch.fx.GraphModule({}, torch.fx.Graph())
+        prepared.qdiff_stage = "released"
+    context = PassContext(config=prepared.qdiff_config, signature=prepared.signature)
+    run_passes(CONVERT, graph_module, context)
+    plan = pruned(graph_module)
+    freeze_parameters(plan)
+    signature = prepared.signature
+    if dtype is not None:
+        signature = set_carrier(plan, signature, dtype)
+    return QuantizedUNet(
+        plan,
+        prepared.qdiff_config,
+        backend=backend,
+        strict=strict,
+        calibration=prepared.calibration,
+        signature=signature,
+        output=prepared.output,
+        model_config=dict(prepared.config),
+        returns_dict=prepared.returns_dict,
+    )
+
+
+def save(quantized: QuantizedUNet, directory: str | Path, *, max_shard_bytes: int = DEFAULT_SHARD_BYTES) -> None:
+    """Make `directory` hold `quantized`: plan.json and safetensors, whatever the backend.
+
+    Atomic: a kill or a full disk leaves the model that the directory held before.
+
+    Args:
+      quantized: what `convert` or `load` returned; compiled or not.
+      max_shard_bytes: tensors are divided into files of at most so many bytes.
+
+    Raises:
+      ConversionError: for a model that is not converted.
+      CheckpointError: for an operator that the format does not allow, naming its node; or if the disk is full.
+    """
+    model = getattr(quantized, "_orig_mod", quantized)
+    if not isinstance(model, QuantizedUNet):
+        raise ConversionError(f"save() takes what convert() returned, got a {type(model).__name__}; call convert first")
+    model.save(directory, max_shard_bytes=max_shard_bytes)
+
+
+def load(
+    directory: str | Path, backend: str = "auto", *, device: str | torch.device = "cpu", strict: bool = False
+) -> QuantizedUNet:
+    """The model that `save` wrote, lowered to `backend`; needs neither the original module nor its weights.
+
+    Nothing in the directory is trusted: operators come from a list, names, shapes and hashes are checked. Integer
+    weights stay mapped to their file on the CPU.
+
+    Args:
+      backend: "auto", or a name in `qdiff_fx.kernels.BACKENDS`.
+      device: where the tensors go.
+      strict: refuse any fallback from integer kernels.
+
+    Raises:
+      CheckpointError: for a missing, damaged or edited file, or another format version; names the file and field.
+      BackendError: for an unknown or unavailable backend, or a fallback under `strict`.
+    """
+    return QuantizedUNet.load(directory, backend, device=device, strict=strict)
+
+
+def _check_prepare(unet: Any, config: Any) -> None:
+    if not isinstance(config, QDiffConfig):
+        raise ConfigError(f"config is a {type(config).__name__}: want a QDiffConfig, e.g. QDiffConfig.preset('w4a8')")
+    stage = getattr(unet, "qdiff_stage", None)
+    if stage is not None:
+        raise InputError(f"this model is {stage} already; prepare() takes the original full-precision module")
+    if not isinstance(unet, nn.Module):
+        inner = getattr(unet, "unet", None)
+        if isinstance(inner, nn.Module):
+            raise InputError(f"{type(unet).__name__} is a pipeline: pass its network, prepare(pipe.unet)")
+        raise InputError(f"prepare() takes an nn.Module, got a {type(unet).__name__}")
+    training = next((path or type(unet).__name__ for path, child in unet.named_modules() if child.training), None)
+    if training is not None:
+        raise InputError(f"{training} is in training mode; call .eval() on the whole model before prepare()")
+    for observer in (config.weight_observer, config.activation_observer):
+        create_observer(observer, activation_spec(8))
+    for name, parameter in unet.named_parameters():
+        if not parameter.is_meta and not bool(torch.isfinite(parameter).all()):
+            raise NonFiniteError(f"{name} holds NaN or infinity; repair the model before prepare()")
+
+
+def _check_stage(prepared: Any, verb: str) -> None:
+    if isinstance(prepared, PreparedUNet) and prepared.qdiff_stage == "prepared":
+        return
+    if isinstance(prepared, QuantizedUNet):
+        raise ConversionError(f"{verb}() takes what prepare() returned; this model is converted already")
+    if isinstance(prepared, PreparedUNet):
+        raise ConversionError(f"{verb}(): this model was consumed by convert(release=True); prepare it again")
+    raise ConversionError(
+        f"{verb}() takes what prepare() returned, got a {type(prepared).__name__}; call prepared = prepare(unet) first"
+    )
+
+
+def _reconstruct(
+    prepared: PreparedUNet,
+    data: CalibrationSet,
+    config: ReconstructionConfig,
+    batch_size: int,
+    folder: Path | None,
+    progress: bool | None,
+) -> tuple[BlockResult, ...]:
+    def calls() -> Iterator[tuple[Tensor, ...]]:
+        for batch in data.batches(config.batch_size):
+            inputs = prepared.signature.flatten(batch.args, batch.kwargs)
+            yield tuple(value.to(prepared.device) for value in inputs)
+
+    return reconstruct(
+        prepared.graph_module,
+        prepared.signature.names,
+        calls,
+        len(data),
+        config,
+        identity={
+            "model": _model_digest(prepared),
+            "quantization config": _digest(json.dumps(prepared.qdiff_config.to_dict(), sort_keys=True)),
+            "calibration set": _digest(f"{data.fingerprint} {batch_size}"),
+        },
+        checkpoint_dir=None if folder is None else folder / "blocks",
+        progress=progress,
+    )
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _model_digest(prepared: PreparedUNet) -> str:
+    """SHA-256 over the graph and its parameters."""
+    digest = hashlib.sha256(prepared.graph_module.code.encode())
+    for name, tensor in prepared.graph_module.named_parameters():
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor_bytes(tensor))
+    return digest.hexdigest()
+
+
+def _identity(prepared: PreparedUNet, data: CalibrationSet, batch_size: int) -> str:
+    """SHA-256 over what an observation depends on: graph, weights, config, data and order."""
+    config = json.dumps(prepared.qdiff_config.to_dict(), sort_keys=True)
+    return _digest(f"{config} {batch_size} {data.fingerprint} {_model_digest(prepared)}")
+
+
+def _finite_or_none(decibel: float) -> float | None:
+    """JSON knows no infinity: None stands for equal outputs."""
+    return decibel if math.isfinite(decibel) else None
+
+
+def _shapes(data: CalibrationSet) -> dict[str, list[int]]:
+    return {leaf.name: list(leaf.shape) for leaf in data.signature}

@@ -1,0 +1,52 @@
+"""What calibration found."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationReport:
+    """Grids and ranges of every quantizer.
+
+    Args:
+      samples: rows that were observed.
+      timesteps: distinct noise levels among them, ascending.
+      fingerprint: SHA-256 of the calibration set.
+      seconds: wall time.
+      quantizers: a row an activation quantizer: name, bits, scale, zero_point, minimum, maximum, channel_maxima,
+        by_timestep ([timestep, minimum, maximum] each).
+      layers: a row a layer: name, operator, weight_bits, activation_bits, reason.
+      reconstruction: a row a block and phase: name, iterations, losses before and after, seconds; empty without.
+      factors: a row a tensor whose channel factors were searched: layers, exponent (None: off), shifted, gain_db.
+      raises: a row a quantizer that got more than the config's width: kind, layers, bits (None: carrier), reason.
+      quality: output SQNR on held-out samples: samples, pooled_db, median_db, by_timestep, accepted (at least 10 dB).
+    """
+
+    samples: int
+    timesteps: tuple[float, ...]
+    fingerprint: str
+    seconds: float
+    quantizers: tuple[dict[str, Any], ...]
+    layers: tuple[dict[str, Any], ...]
+    reconstruction: tuple[dict[str, Any], ...] = ()
+    factors: tuple[dict[str, Any], ...] = ()
+    raises: tuple[dict[str, Any], ...] = ()
+    quality: dict[str, Any] = field(default_factory=dict)
+
+    def summary(self) -> dict[str, Any]:
+        """What goes into a saved model's plan."""
+        maxima = {row["name"]: max(abs(row["minimum"]), abs(row["maximum"])) for row in self.quantizers}
+        return {
+            "samples": self.samples,
+            "timesteps": list(self.timesteps),
+            "fingerprint": self.fingerprint,
+            "maxima": maxima,
+            "raises": list(self.raises),
+            "quality": self.quality,
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return asdict(self)

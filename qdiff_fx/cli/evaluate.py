@@ -1,0 +1,85 @@
+"""`qdiff-fx evaluate`: a quantized model against the full-precision one."""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from pathlib import Path
+
+from qdiff_fx.cli.parser import OneLineParser, output_folder, positive, verb_parser
+from qdiff_fx.cli.sources import BUNDLED, add_source_arguments, open_source, require_full_precision
+from qdiff_fx.errors import InputError
+from qdiff_fx.evaluation import confident_share
+from qdiff_fx.evaluation.study import Yardstick
+from qdiff_fx.report.documents import stored_bytes, table_row
+from qdiff_fx.report.machine import describe_machine
+from qdiff_fx.report.tables import decibels, file_size, text_table
+from qdiff_fx.safe_io import write_json
+
+
+def parser() -> OneLineParser:
+    """Arguments of this verb."""
+    result = verb_parser(
+        "evaluate",
+        "Measure a quantized model: output SQNR on held-out (x_t, t), end-point PSNR from the same noise, sizes.",
+        "qdiff-fx evaluate fashion-uncond unet-w4a8 --samples 16 --out evaluation",
+    )
+    result.add_argument("model", metavar="MODEL", help="the full-precision model")
+    result.add_argument("quantized", metavar="QUANTIZED", help="folder that qdiff-fx quantize wrote")
+    result.add_argument("--samples", type=positive, default=16, help="trajectories (16)")
+    result.add_argument("--steps", type=positive, default=50, help="sampling steps (50)")
+    result.add_argument("--timesteps", type=positive, default=20, help="held-out timesteps among them (20)")
+    result.add_argument("--seed", type=int, default=1, help="of the noise; another than the calibration's (1)")
+    result.add_argument("--out", type=Path, metavar="DIR", help="write evaluation.json there")
+    result.add_argument("--json", action="store_true", help="print JSON instead of the table")
+    result.add_argument("--backend", default="auto", help="kernels of the quantized model (auto)")
+    add_source_arguments(result)
+    return result
+
+
+def run(arguments: Namespace) -> None:
+    """Measure and print."""
+    source = require_full_precision(open_source(arguments.model, context=arguments.context))
+    quantized = open_source(arguments.quantized, context=arguments.context, backend=arguments.backend)
+    if not quantized.quantized:
+        raise InputError(f"{arguments.quantized}: is no quantized folder; name the --out of qdiff-fx quantize")
+    if quantized.sample_shape != source.sample_shape:
+        raise InputError(
+            f"{arguments.quantized} denoises {quantized.sample_shape}, {arguments.model} {source.sample_shape}: "
+            f"name the model that it was made from"
+        )
+    noise = source.noise(arguments.samples, arguments.seed)
+    sampler = source.sampler(noise, steps=arguments.steps, guidance_scale=arguments.guidance, keep_steps=True)
+    yardstick = Yardstick(source.unet, sampler, num_timesteps=arguments.timesteps)
+    measurement = yardstick.measure(quantized.unet, arguments.quantized)
+    classified = arguments.model in BUNDLED
+    row = table_row("ours", arguments.quantized, "as stored", measurement, classified=classified)
+    full = 4 * sum(parameter.numel() for parameter in source.unet.parameters())
+    stored = stored_bytes(quantized.folder)
+    document = {
+        "kind": "evaluate",
+        "model": {"name": source.name},
+        "machine": describe_machine(),
+        "settings": {
+            "samples": arguments.samples,
+            "steps": arguments.steps,
+            "heldout_rows": yardstick.rows,
+            "heldout_timesteps": len(yardstick.calls),
+            "seed": arguments.seed,
+        },
+        "reference": {"confident_share": confident_share(yardstick.reference.images) if classified else None},
+        "table": [row],
+        "sizes": {"fp32": full, "fp16": full // 2, "quantized": stored},
+    }
+    if arguments.out is not None:
+        write_json(output_folder(arguments.out) / "evaluation.json", document)
+    if arguments.json:
+        print(json.dumps(document, indent=1))
+        return
+    rows = [
+        ("output SQNR, pooled", f"{decibels(row['sqnr_pooled_db'])} dB"),
+        ("output SQNR, median over timesteps", f"{decibels(row['sqnr_median_db'])} dB"),
+        ("end-point PSNR, median over samples", f"{decibels(row['psnr_median_db'])} dB"),
+        ("weights", f"{file_size(stored)}, {stored / full:.3f} of fp32"),
+    ]
+    print(text_table(("yardstick", arguments.quantized), rows))

@@ -1,0 +1,46 @@
+"""Argument parsing with errors of one line."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from qdiff_fx.errors import ConfigError
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line with a pointer to --help, exit status 2."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: {message}; see {self.prog} --help", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def verb_parser(verb: str, description: str, example: str) -> OneLineParser:
+    """A parser for one verb, with --debug and an example under --help."""
+    parser = OneLineParser(
+        prog=f"qdiff-fx {verb}",
+        description=description,
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def positive(text: str) -> int:
+    """An integer of at least 1, for argparse."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}, want a whole number of 1 or more")
+    return int(text)
+
+
+def output_folder(path: Path) -> Path:
+    """`path` as a folder that exists. Raises ConfigError if something else is in the way."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {path}: cannot be made ({error.strerror}); choose another folder") from error
+    return path

@@ -1,0 +1,50 @@
+"""`qdiff-fx sample`: pictures from a model or a quantized folder."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+
+from qdiff_fx.calibration.progress import progress_bar
+from qdiff_fx.cli.parser import OneLineParser, positive, verb_parser
+from qdiff_fx.cli.sources import add_source_arguments, open_source
+from qdiff_fx.errors import InputError
+from qdiff_fx.report.pictures import save_grid
+
+
+def parser() -> OneLineParser:
+    """Arguments of this verb."""
+    result = verb_parser(
+        "sample",
+        "Sample pictures. Equal seeds start from equal noise, whatever the model: compare them side by side.",
+        "qdiff-fx sample unet-w4a8 --out picture.png --samples 16 --seed 0",
+    )
+    result.add_argument("model", metavar="MODEL", help="a quantized folder, a diffusers folder, or a bundled model")
+    result.add_argument("--out", type=Path, required=True, metavar="PNG", help="the picture")
+    result.add_argument("--samples", type=positive, default=16, help="pictures (16)")
+    result.add_argument("--steps", type=positive, default=50, help="sampling steps (50)")
+    result.add_argument("--seed", type=int, default=0, help="of the noise (0)")
+    result.add_argument("--backend", default="auto", help="kernels of a quantized model (auto)")
+    add_source_arguments(result)
+    return result
+
+
+def run(arguments: Namespace) -> None:
+    """Sample and write the picture."""
+    source = open_source(arguments.model, context=arguments.context, backend=arguments.backend)
+    if source.sample_shape[0] not in (1, 3):
+        raise InputError(
+            f"{source.name}: denoises {source.sample_shape[0]} channels, latents and no pictures; "
+            f"put the network into its diffusers pipeline: pipe.unet = qdiff_fx.load(...)"
+        )
+    noise = source.noise(arguments.samples, arguments.seed)
+    sampler = source.sampler(noise, steps=arguments.steps, guidance_scale=arguments.guidance)
+    with progress_bar("sample", total=arguments.steps, progress=None) as bar:
+
+        def network(*args: object, **kwargs: object) -> object:
+            bar.update(1)
+            return source.unet(*args, **kwargs)
+
+        images = sampler(network).images
+    save_grid(arguments.out, (images + 1) / 2, columns=8)
+    print(f"{arguments.out}: {arguments.samples} samples of {source.name}, {arguments.steps} steps")

@@ -1,0 +1,1 @@
+"""torch.fx plumbing: capture, call signatures, typed node metadata, editing and serialization."""

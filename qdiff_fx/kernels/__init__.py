@@ -1,0 +1,32 @@
+"""Integer kernels: operator schemas, their reference, and the table of backends."""
+
+from collections.abc import Mapping
+
+from qdiff_fx.errors import BackendError
+from qdiff_fx.kernels import ops as ops  # registers the qdiff:: operators
+from qdiff_fx.kernels.backend import Backend
+from qdiff_fx.kernels.reference import REFERENCE
+from qdiff_fx.kernels.x86 import X86
+
+BACKENDS: Mapping[str, Backend] = {
+    REFERENCE.name: REFERENCE,
+    X86.name: X86,
+}
+"""Every backend by name; "auto" takes the first available one of AUTO_ORDER."""
+
+AUTO_ORDER = ("x86", "reference")
+
+
+def select_backend(name: str, device: str) -> Backend:
+    """The backend called `name`, or the best available one for "auto".
+
+    Raises: BackendError for an unknown name, or one that cannot run on this machine or device, with the reason.
+    """
+    if name == "auto":
+        return next(BACKENDS[item] for item in AUTO_ORDER if BACKENDS[item].unavailable(device) is None)
+    if name not in BACKENDS:
+        raise BackendError(f"backend {name!r}: want auto, {', '.join(BACKENDS)}")
+    reason = BACKENDS[name].unavailable(device)
+    if reason is not None:
+        raise BackendError(f"backend {name!r} cannot run here: {reason}")
+    return BACKENDS[name]

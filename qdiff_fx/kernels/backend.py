@@ -1,0 +1,19 @@
+"""What the rest of the library needs to know of a backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backend:
+    """A way to run the qdiff:: operators.
+
+    Args:
+      name: as in `convert(backend=)`.
+      unavailable: given a device type ("cpu", "cuda"), why this machine cannot run it, or None if it can.
+    """
+
+    name: str
+    unavailable: Callable[[str], str | None]

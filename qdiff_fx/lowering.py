@@ -1,0 +1,121 @@
+"""From the backend-neutral plan to one backend's kernels, and the report of what runs where."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from qdiff_fx.config import QDiffConfig
+from qdiff_fx.graph.edit import LAYER_OPERATORS, get_tensor, shared_copy, stored_bytes
+from qdiff_fx.graph.meta import ATTENTION, FALLBACK, LAYER, MODULE_PATH, STORED, StoredWeight
+from qdiff_fx.graph.signature import CallSignature
+from qdiff_fx.passes.base import PassContext, run_passes
+from qdiff_fx.passes.lower import LOWER
+
+aten = torch.ops.aten
+qdiff = torch.ops.qdiff
+
+_LAYERS = (qdiff.conv2d.default, qdiff.linear.default, *LAYER_OPERATORS)
+_ATTENTIONS = (qdiff.attention.default, aten.scaled_dot_product_attention.default)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoweringRow:
+    """One node of the lowered graph.
+
+    Args:
+      node: its name in the graph.
+      layer: the layer's name, the module path for others.
+      kernel: what runs.
+      dtype: of the weight codes ("int4", "int8") or of the carrier.
+      bytes: of its constants as stored in the plan.
+      fallback: why it does not run on integers, "" if it does or was asked not to.
+      simulated: whether it computes the plan's quantized values all the same, in floating point; strict=True allows
+        these fallbacks and no others.
+    """
+
+    node: str
+    layer: str
+    kernel: str
+    dtype: str
+    bytes: int
+    fallback: str
+    simulated: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoweringReport:
+    """What every layer and attention runs on."""
+
+    backend: str
+    rows: tuple[LoweringRow, ...]
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all rows."""
+        return sum(row.bytes for row in self.rows)
+
+    def __str__(self) -> str:
+        header = ("layer", "kernel", "dtype", "bytes", "fallback")
+        lines = [header, *((row.layer, row.kernel, row.dtype, f"{row.bytes:,}", row.fallback) for row in self.rows)]
+        widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+        table = [
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+        ]
+        table.insert(1, "  ".join("-" * width for width in widths))
+        summary = f"backend {self.backend}: {len(self.rows)} nodes, {self.total_bytes:,} bytes"
+        return "\n".join([*table, summary])
+
+
+def lower(
+    plan: fx.GraphModule, backend: str, signature: CallSignature, *, strict: bool = False
+) -> tuple[fx.GraphModule, LoweringReport]:
+    """The plan rewritten to `backend`'s kernels, sharing its tensors, and what runs where."""
+    lowered = shared_copy(plan)
+    reported = [node for node in lowered.graph.nodes if node.target in _LAYERS]
+    for node in reported:
+        STORED.set(node, _stored(lowered, node))
+    run_passes(LOWER[backend], lowered, PassContext(config=QDiffConfig(), signature=signature, strict=strict))
+    return lowered, LoweringReport(backend=backend, rows=tuple(_rows(lowered)))
+
+
+def _stored(graph_module: fx.GraphModule, node: fx.Node) -> StoredWeight:
+    """What the plan holds for a layer."""
+    sources = [item for item in node.all_input_nodes if item.op == "get_attr"]
+    for item in node.all_input_nodes:
+        if item.target is qdiff.dequantize_weight.default:
+            sources += [source for source in item.all_input_nodes if source.op == "get_attr"]
+    tensors = [get_tensor(graph_module, item.target) for item in sources]
+    dtypes = [tensor.dtype for tensor in tensors]
+    value: Any = node.meta["val"]
+    codes = "int4" if torch.uint8 in dtypes else "int8" if torch.int8 in dtypes else None
+    return StoredWeight(dtype=codes or str(value.dtype).removeprefix("torch."), bytes=stored_bytes(tensors))
+
+
+def _rows(graph_module: fx.GraphModule) -> Iterator[LoweringRow]:
+    for node in graph_module.graph.nodes:
+        stored = STORED.get(node)
+        if stored is None and node.target not in _ATTENTIONS:
+            continue
+        policy, attention = LAYER.get(node), ATTENTION.get(node)
+        name = policy.name if policy else attention.name if attention else MODULE_PATH.get(node) or node.name
+        simulated = node.target is qdiff.attention.default
+        value: Any = node.meta["val"]
+        kernel = str(node.target).removesuffix(".default")
+        if node.target in LAYER_OPERATORS and stored is not None and stored.dtype.startswith("int"):
+            kernel += " on dequantized weight"
+        yield LoweringRow(
+            node=node.name,
+            layer=name,
+            kernel=kernel,
+            dtype=stored.dtype if stored else str(value.dtype).removeprefix("torch."),
+            bytes=stored.bytes if stored else 0,
+            fallback="simulated: quantized operands, products in the carrier type"
+            if simulated
+            else FALLBACK.get(node) or "",
+            simulated=simulated,
+        )

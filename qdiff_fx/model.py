@@ -1,0 +1,287 @@
+"""The modules that users hold: PreparedUNet and QuantizedUNet, called like the original."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from diffusers.configuration_utils import ConfigMixin
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils.outputs import BaseOutput
+from torch import Tensor, fx
+
+from qdiff_fx.checkpoint import DEFAULT_SHARD_BYTES, StoredModel, read_model, write_model
+from qdiff_fx.config import QDiffConfig
+from qdiff_fx.errors import BackendError, InputError
+from qdiff_fx.fake_quantize import NoiseLevel, QuantizerMode, set_mode
+from qdiff_fx.graph.outputs import OutputStructure
+from qdiff_fx.graph.signature import CallSignature
+from qdiff_fx.graph.tokens import set_device
+from qdiff_fx.kernels import select_backend
+from qdiff_fx.lowering import LoweringReport, lower
+from qdiff_fx.passes.base import PassResult
+from qdiff_fx.safe_io import write_bytes
+
+
+@dataclass
+class SampleOutput(BaseOutput):
+    """What diffusers UNets return with return_dict=True: `.sample` is the prediction, [B, C, H, W]."""
+
+    sample: Tensor
+
+
+class GraphUNet(ModelMixin, ConfigMixin):
+    """A captured network behind the original's call.
+
+    Args:
+      signature: how a call maps to the graph's inputs.
+      output: how the graph's outputs map to what the original returned.
+      model_config: the original's diffusers config, {} for other modules.
+      returns_dict: whether the original takes `return_dict` and returns an output class by default.
+    """
+
+    config_name = "config.json"  # type: ignore[assignment]
+    qdiff_stage = ""
+
+    def __init__(
+        self,
+        signature: CallSignature,
+        output: OutputStructure,
+        model_config: Mapping[str, Any],
+        *,
+        returns_dict: bool,
+    ) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.signature = signature
+        self.output = output
+        self.returns_dict = returns_dict
+        self.register_to_config(**{key: value for key, value in model_config.items() if not key.startswith("_")})  # type: ignore[no-untyped-call]
+
+    def __getattr__(self, name: str) -> Any:
+        # ModelMixin serves config entries with a deprecation warning; pipelines read unet.in_channels and the like.
+        try:
+            return torch.nn.Module.__getattr__(self, name)
+        except AttributeError:
+            config = self.__dict__.get("_internal_dict", {})
+            if name in config:
+                return config[name]
+            raise
+
+    def run(self, inputs: tuple[Tensor, ...]) -> Any:
+        """The graph's outputs for flat inputs."""
+        raise NotImplementedError
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the original returns for the same call; `return_dict` both ways where the original takes it."""
+        return_dict = kwargs.pop("return_dict", True) if self.returns_dict else False
+        result = self.output.unflatten(self.run(self.signature.flatten(args, kwargs)))
+        return SampleOutput(sample=result[0]) if return_dict else result
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The carrier type: that of the noisy sample and of everything that is not an integer."""
+        return self.signature.input(self.signature.sample).dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        tensor: Tensor | None = next(iter(self.buffers()), None)
+        tensor = next(iter(self.parameters()), None) if tensor is None else tensor
+        return torch.device("cpu") if tensor is None else tensor.device
+
+    def _refuse_cast(self, fn: Callable[[Tensor], Tensor], remedy: str) -> None:
+        """Raise InputError if `fn`, which `.to()` and its kin apply to every tensor, changes the carrier type."""
+        dtype = fn(torch.empty(0, dtype=self.dtype, device=self.device)).dtype
+        if dtype != self.dtype:
+            raise InputError(
+                f"a {self.qdiff_stage} model stays in its carrier type {self.dtype} (scales would be rounded to "
+                f"{dtype}); {remedy} qdiff_fx.convert(prepared, dtype={dtype})"
+            )
+
+
+class PreparedUNet(GraphUNet):
+    """A network with observers and fake-quantize modules in its graph.
+
+    Until it is calibrated its forward returns the full-precision result and observes; afterwards it simulates the
+    quantized network.
+    """
+
+    qdiff_stage = "prepared"
+
+    def __init__(
+        self,
+        graph_module: fx.GraphModule,
+        qdiff_config: QDiffConfig,
+        noise_level: NoiseLevel,
+        pass_results: tuple[PassResult, ...],
+        **shell: Any,
+    ) -> None:
+        super().__init__(**shell)
+        self.graph_module = graph_module
+        self.qdiff_config = qdiff_config
+        self.noise_level = noise_level
+        self.pass_results = pass_results
+        self.calibrated = False
+        self.calibration: Mapping[str, Any] = {}
+        self.eval()
+
+    def run(self, inputs: tuple[Tensor, ...]) -> Any:
+        names = self.signature.names
+        level = inputs[names.index(self.signature.timestep)] if self.signature.timestep in names else None
+        self.noise_level.timesteps = level.detach().reshape(-1) if level is not None else None
+        return self.graph_module(*inputs)
+
+    def set_mode(self, mode: QuantizerMode) -> Self:
+        """Observe, simulate the quantized network, or pass everything through in full precision."""
+        set_mode(self.graph_module, mode)
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # A cast would reach the original module too, whose parameters these are.
+        self._refuse_cast(fn, "change the original before prepare(), or use")
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+
+class QuantizedUNet(GraphUNet):
+    """A converted network: packed integer weights, integer activations, lowered to one backend's kernels.
+
+    `plan` is the backend-neutral graph, which is what `save` writes; copies are lowered again from it.
+    """
+
+    qdiff_stage = "quantized"
+    lowered: fx.GraphModule
+
+    def __init__(
+        self,
+        plan: fx.GraphModule,
+        qdiff_config: QDiffConfig,
+        *,
+        backend: str = "auto",
+        strict: bool = False,
+        calibration: Mapping[str, Any] | None = None,
+        **shell: Any,
+    ) -> None:
+        super().__init__(**shell)
+        self.qdiff_config = qdiff_config
+        self.plan = plan
+        self.requested_backend, self.strict = backend, strict
+        self.calibration = dict(calibration or {})
+        self._compiled: Callable[..., Any] | None = None
+        self.eval()
+        self._lower()
+
+    def _lower(self) -> None:
+        self.backend = select_backend(self.requested_backend, self.device.type).name
+        lowered, self._report = lower(self.plan, self.backend, self.signature, strict=self.strict)
+        # Not a submodule: its packed weights can neither be copied nor saved, and the plan owns all the rest.
+        self.__dict__["lowered"] = lowered
+        fallbacks = [row for row in self._report.rows if row.fallback and not row.simulated]
+        if self.strict and fallbacks:
+            first = fallbacks[0]
+            raise BackendError(
+                f"strict=True: {len(fallbacks)} nodes fall back on backend {self.backend!r}, the first is "
+                f"{first.layer or first.node}: {first.fallback}; use strict=False to allow it"
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "lowered": None, "_compiled": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._lower()
+
+    def run(self, inputs: tuple[Tensor, ...]) -> Any:
+        if self._compiled is None:
+            return self.lowered(*inputs)
+        for item, value in zip(self.signature.inputs, inputs, strict=True):
+            for axis, size in enumerate(item.shape):
+                # A dimension of 1 is always a constant to the compiler: batch 1 costs one more compilation.
+                if size is None and value.shape[axis] > 1:
+                    torch._dynamo.mark_dynamic(value, axis)
+        return self._compiled(*inputs)
+
+    def compile(self, **options: Any) -> Self:  # type: ignore[override]
+        """Compile in place with dynamic batch, height, width and context length; returns itself.
+
+        Args:
+          options: of torch.compile; fullgraph is on by default.
+        """
+        self._compiled = torch.compile(self.lowered, **{"fullgraph": True, **options})
+        return self
+
+    def lowering_report(self) -> LoweringReport:
+        """A row a node: kernel, dtype, bytes, and the reason of any fallback; `str()` of it is a table."""
+        return self._report
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self._refuse_cast(fn, "use")
+        moves = fn(torch.empty(0, device=self.device)).device != self.device
+        # Scales stay float32 under a cast to the carrier type.
+        super()._apply(lambda tensor: fn(tensor).to(tensor.dtype), recurse)  # type: ignore[no-untyped-call]
+        if moves:
+            self._compiled = None
+            set_device(self.plan.graph, self.device)
+            self.plan.recompile()
+            self._lower()
+        return self
+
+    def save(self, folder: str | Path, *, max_shard_bytes: int = DEFAULT_SHARD_BYTES) -> None:
+        """Write the plan, not what it was lowered to. See `qdiff_fx.save`."""
+        model = StoredModel(
+            plan=self.plan,
+            config=self.qdiff_config,
+            signature=self.signature,
+            output=self.output,
+            model_config=dict(self.config),
+            returns_dict=self.returns_dict,
+            calibration=self.calibration,
+        )
+        write_model(model, Path(folder), max_shard_bytes=max_shard_bytes)
+
+    @classmethod
+    def load(
+        cls, folder: str | Path, backend: str = "auto", *, device: str | torch.device = "cpu", strict: bool = False
+    ) -> Self:
+        """The model that `save` wrote. See `qdiff_fx.load`."""
+        model = read_model(Path(folder), torch.device(device))
+        return cls(
+            model.plan,
+            model.config,
+            backend=backend,
+            strict=strict,
+            calibration=model.calibration,
+            signature=model.signature,
+            output=model.output,
+            model_config=model.model_config,
+            returns_dict=model.returns_dict,
+        )
+
+    def save_pretrained(  # type: ignore[override]
+        self, save_directory: str | Path, max_shard_bytes: int = DEFAULT_SHARD_BYTES
+    ) -> None:
+        """Write what `save` writes and diffusers' config.json, so that a pipeline's save_pretrained keeps the model."""
+        write_bytes(Path(save_directory) / self.config_name, self.to_json_string().encode())
+        self.save(save_directory, max_shard_bytes=max_shard_bytes)
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        directory: str | Path,
+        *,
+        backend: str = "auto",
+        device: str | torch.device = "cpu",
+        strict: bool = False,
+        subfolder: str | None = None,
+        **options: Any,
+    ) -> Self:
+        """The model that `save_pretrained` wrote.
+
+        Args:
+          options: what pipelines hand to each of their parts (dtype, device_map, ...); a stored model has its own
+            carrier type and placement, so they have no effect.
+        """
+        return cls.load(Path(directory, subfolder or ""), backend, device=device, strict=strict)

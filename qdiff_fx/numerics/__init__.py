@@ -1,0 +1,1 @@
+"""Pure quantization arithmetic: no graphs, no modules, no state."""

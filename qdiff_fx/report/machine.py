@@ -1,0 +1,28 @@
+"""What the figures were measured on."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+
+import torch
+
+_CPU_INFO = Path("/proc/cpuinfo")
+_NAMED_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8")
+
+
+def describe_machine() -> dict[str, str | int]:
+    """Processor, instruction sets that matter to kernels, threads in use and library version."""
+    fields: dict[str, str] = {}
+    if _CPU_INFO.is_file():
+        for line in _CPU_INFO.read_text(errors="replace").splitlines():
+            key, _, value = line.partition(":")
+            fields.setdefault(key.strip(), value.strip())
+    flags = fields.get("flags", "").split()
+    present = [flag for flag in _NAMED_FLAGS if flag in flags]
+    return {
+        "processor": fields.get("model name") or platform.processor() or platform.machine(),
+        "isa": " ".join(present) or torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "torch": str(torch.__version__),
+    }

@@ -1,0 +1,175 @@
+"""The stages of calibrate() beyond observation: channel factors, bit allocation, quality target, quality guard."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from qdiff_fx.allocation.allocate import allocate
+from qdiff_fx.allocation.channel_factors import FactorChoice, choose_channel_factors
+from qdiff_fx.allocation.estimate import ErrorEstimate, estimate_errors
+from qdiff_fx.allocation.target import ranked_raises, reach_target
+from qdiff_fx.allocation.units import input_units, weight_units
+from qdiff_fx.calibration import CalibrationSet
+from qdiff_fx.errors import QDiffWarning
+from qdiff_fx.evaluation.quality import SqnrResult, output_sqnr
+from qdiff_fx.fake_quantize import QuantizerMode
+from qdiff_fx.graph.edit import shared_copy
+from qdiff_fx.model import PreparedUNet
+from qdiff_fx.passes.base import PassContext
+from qdiff_fx.passes.prepare.raises import ApplyRaises, Raise
+
+logger = logging.getLogger(__name__)
+
+HOLDOUT_SHARE = 0.1
+GUARD_DB = 10.0
+"""Output SQNR below which a result is called doubtful."""
+
+_EVALUATION_BATCH = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decisions:
+    """What was decided beyond the config, with reasons.
+
+    Args:
+      factors: one entry a quantized tensor that was tried.
+      raises: quantizers that were raised.
+      estimate: predicted error of every quantizer, None where nothing was to be decided.
+    """
+
+    factors: tuple[FactorChoice, ...] = ()
+    raises: tuple[Raise, ...] = ()
+    estimate: ErrorEstimate | None = None
+
+
+def hold_out(data: CalibrationSet, holdout: CalibrationSet | None, seed: int) -> tuple[CalibrationSet, CalibrationSet]:
+    """(fit, held): a seeded tenth of the rows, evenly over the timesteps, is used for no fit.
+
+    A set with fewer than ten rows a timestep is too small for that: both are all of it, and the log says so.
+    """
+    if holdout is not None:
+        return data, holdout
+    if len(data) * HOLDOUT_SHARE < max(1, len(data.timesteps)):
+        logger.warning(
+            "%d calibration samples are too few to set a tenth aside: quality is measured on what was fitted", len(data)
+        )
+        return data, data
+    return data.split(HOLDOUT_SHARE, seed=seed)
+
+
+def decide(prepared: PreparedUNet, data: CalibrationSet, *, progress: bool | None) -> Decisions:
+    """Fold channel factors and allocate bits as the config asks; quantizers must be fitted."""
+    config, graph_module, signature = prepared.qdiff_config, prepared.graph_module, prepared.signature
+    factors: tuple[FactorChoice, ...] = ()
+    if config.equalize and input_units(graph_module):
+        factors = choose_channel_factors(graph_module, signature, data, seed=config.seed, progress=progress)
+    spends = config.weight_slack > 0 or config.target_bytes is not None
+    raisable = spends and any(unit.quantizer.spec.bits < 8 for unit in weight_units(graph_module))
+    if not raisable and not (config.activation_slack > 0 and input_units(graph_module)):
+        return Decisions(factors=factors)
+    estimate = estimate_errors(graph_module, signature, data, seed=config.seed, progress=progress)
+    raises = allocate(
+        graph_module,
+        estimate,
+        weight_slack=_weight_slack(prepared),
+        activation_slack=config.activation_slack,
+    )
+    _apply(prepared, graph_module, raises)
+    return Decisions(factors=factors, raises=raises, estimate=estimate)
+
+
+def meet_target(
+    prepared: PreparedUNet, data: CalibrationSet, selection: CalibrationSet, *, progress: bool | None
+) -> tuple[Raise, ...]:
+    """Raise quantizers until the median SQNR over timesteps on `selection` reaches `config.target_sqnr`.
+
+    Raises: CalibrationError with the best figure if the target is out of reach.
+    """
+    config = prepared.qdiff_config
+    assert config.target_sqnr is not None
+    estimate = estimate_errors(prepared.graph_module, prepared.signature, data, seed=config.seed, progress=progress)
+    ranked = ranked_raises(prepared.graph_module, estimate)
+    original = prepared.graph_module
+
+    def measure(raises: Sequence[Raise]) -> float:
+        prepared.graph_module = shared_copy(original)
+        _apply(prepared, prepared.graph_module, tuple(raises))
+        try:
+            return measure_quality(prepared, selection).median_db
+        finally:
+            prepared.graph_module = original
+
+    result = reach_target(ranked, measure, config.target_sqnr)
+    _apply(prepared, original, result.raises)
+    logger.info("target_sqnr reached with %d raises after %d evaluations", len(result.raises), result.evaluations)
+    return result.raises
+
+
+def measure_quality(prepared: PreparedUNet, held: CalibrationSet) -> SqnrResult:
+    """Output SQNR of the simulated quantized network against full precision.
+
+    Raises: NonFiniteError if an output is not finite.
+    """
+
+    def in_mode(mode: QuantizerMode) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            prepared.set_mode(mode)
+            return prepared(*args, **kwargs)
+
+        return call
+
+    batches = held.batches(_EVALUATION_BATCH)
+    result = output_sqnr(in_mode(QuantizerMode.PASS), in_mode(QuantizerMode.QUANTIZE), batches)
+    prepared.set_mode(QuantizerMode.QUANTIZE)
+    return result
+
+
+def guard(quality: SqnrResult, decisions: Decisions, prepared: PreparedUNet) -> bool:
+    """Warn in one line if the result is doubtful; returns whether it is good enough."""
+    if min(quality.pooled_db, quality.median_db) >= GUARD_DB:
+        return True
+    worst = min(quality.by_timestep, key=lambda timestep: quality.by_timestep[timestep])
+    layers = (
+        ", ".join(worst_layers(prepared.graph_module, decisions.estimate)) or "unknown (no sensitivity was measured)"
+    )
+    warnings.warn(
+        f"the quantized output keeps only {quality.pooled_db:.1f} dB of SQNR pooled, {quality.median_db:.1f} dB in the "
+        f"median over timesteps (want {GUARD_DB:g}); worst timestep {worst:g}; worst layers: {layers}; "
+        f"set QDiffConfig(target_sqnr=20.0), or more weight_slack or activation_slack",
+        QDiffWarning,
+        stacklevel=3,
+    )
+    return False
+
+
+def worst_layers(graph_module: fx.GraphModule, estimate: ErrorEstimate | None, count: int = 3) -> tuple[str, ...]:
+    """Names of the layers whose quantizers are predicted to cause most of the remaining error."""
+    if estimate is None:
+        return ()
+    errors: dict[str, float] = {}
+    for weight in weight_units(graph_module):
+        by_bits = estimate.weights.get(weight.target, {})
+        errors[weight.name] = errors.get(weight.name, 0.0) + by_bits.get(weight.quantizer.spec.bits, 0.0)
+    for unit in input_units(graph_module):
+        errors[unit.name] = errors.get(unit.name, 0.0) + estimate.inputs.get(unit.target, 0.0)
+    return tuple(sorted(errors, key=lambda name: -errors[name])[:count])
+
+
+def _weight_slack(prepared: PreparedUNet) -> float:
+    """The config's slack, or what `target_bytes` leaves over the present bytes."""
+    config = prepared.qdiff_config
+    if config.target_bytes is None:
+        return config.weight_slack
+    present = sum(unit.bytes for unit in weight_units(prepared.graph_module))
+    return max(0.0, config.target_bytes / max(1, present) - 1.0)
+
+
+def _apply(prepared: PreparedUNet, graph_module: fx.GraphModule, raises: tuple[Raise, ...]) -> None:
+    context = PassContext(config=prepared.qdiff_config, signature=prepared.signature)
+    ApplyRaises(raises).run(graph_module, context)

@@ -1,0 +1,220 @@
+"""calibrate(): every grid from samples of every timestep, resumable, and only from calls of the same model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from torch import nn
+
+import qdiff_fx
+from qdiff_fx.calibration import CalibrationSet, driver
+from qdiff_fx.calibration.driver import activation_quantizers, weight_quantizers
+from qdiff_fx.errors import CalibrationError, CheckpointError
+from qdiff_fx.fake_quantize import QuantizerMode
+from subjects import PLAIN, Preparer, Sketch, calls_of, sketch_inputs, unconditional_unet
+
+FAST = qdiff_fx.QDiffConfig.preset("w4a8", weight_observer="minmax", **PLAIN)
+
+
+def _prepared(preparer: Preparer, sketch: nn.Module, config: qdiff_fx.QDiffConfig = FAST) -> qdiff_fx.PreparedUNet:
+    return preparer(sketch, config, example_inputs=sketch_inputs())
+
+
+def _grids(prepared: qdiff_fx.PreparedUNet) -> dict[str, tuple[float, int]]:
+    quantizers = dict(activation_quantizers(prepared.graph_module)).values()
+    return {item.name: (float(item.scale), int(item.zero_point)) for item in quantizers}
+
+
+def test_every_quantizer_is_fitted_and_keeps_its_range_at_every_timestep(preparer: Preparer, sketch: nn.Module) -> None:
+    prepared = _prepared(preparer, sketch)
+    levels = (1.0, 250.0, 500.0, 999.0)
+    report = qdiff_fx.calibrate(prepared, calls_of(sketch, timesteps=levels), progress=False)
+    assert report.timesteps == levels and report.samples == 16
+    assert prepared.calibrated and all(item.calibrated for item, _ in weight_quantizers(prepared.graph_module))
+    names = [row["name"] for row in report.quantizers]
+    assert names == list(_grids(prepared)) and len(names) == 10
+    for row in report.quantizers:
+        assert [entry[0] for entry in row["by_timestep"]] == list(levels), row["name"]
+        assert row["minimum"] == min(entry[1] for entry in row["by_timestep"])
+        assert row["maximum"] == max(entry[2] for entry in row["by_timestep"])
+        assert row["scale"] > 0 and row["channel_maxima"]
+    assert [row["name"] for row in report.layers].count("wide") == 1 and len(report.layers) == 9
+
+
+def test_grids_come_from_all_timesteps_not_from_the_first(preparer: Preparer, sketch: nn.Module) -> None:
+    """An input that grows with the noise level saturates a grid that saw the first level only."""
+    config = FAST.replace(activation_observer="minmax")
+    calls = [
+        ((sample * scale, level), {}) for scale, ((sample, level), _) in zip((1, 4, 16), calls_of(sketch), strict=True)
+    ]
+    scales = {}
+    for count in (1, 3):
+        prepared = _prepared(preparer, sketch, config)
+        qdiff_fx.calibrate(prepared, calls[:count], progress=False)
+        scales[count] = _grids(prepared)["skip#1.input"][0]
+    assert scales[3] > 8 * scales[1]
+
+
+def test_batch_size_does_not_change_an_exact_range(preparer: Preparer, sketch: nn.Module) -> None:
+    grids = []
+    for batch_size in (3, 32):
+        prepared = _prepared(preparer, sketch, FAST.replace(activation_observer="minmax"))
+        qdiff_fx.calibrate(prepared, calls_of(sketch), batch_size=batch_size, progress=False)
+        grids.append({name: scale for name, (scale, _) in _grids(prepared).items()})
+    # Convolutions of another batch size may round their last bit another way.
+    assert grids[0] == pytest.approx(grids[1], rel=1e-5)
+
+
+def test_a_second_calibration_replaces_the_first(preparer: Preparer, sketch: nn.Module) -> None:
+    wide = [((args[0] * 10, args[1]), kwargs) for args, kwargs in calls_of(sketch)]
+    fresh, again = _prepared(preparer, sketch), _prepared(preparer, sketch)
+    qdiff_fx.calibrate(fresh, calls_of(sketch), progress=False)
+    qdiff_fx.calibrate(again, wide, progress=False)
+    assert _grids(again) != _grids(fresh)
+    qdiff_fx.calibrate(again, calls_of(sketch), progress=False)
+    assert _grids(again) == _grids(fresh)
+
+
+def test_the_short_way_prepare_sample_convert(preparer: Preparer, sketch: nn.Module) -> None:
+    prepared = _prepared(preparer, sketch)
+    with torch.no_grad():
+        for args, kwargs in calls_of(sketch):
+            prepared(*args, **kwargs)
+    quantized = qdiff_fx.convert(prepared, backend="reference")
+    (x, t), _ = calls_of(sketch)[0]
+    with torch.no_grad():
+        wanted = sketch(x, t)
+        error = (quantized(x, t) - wanted).norm() / wanted.norm()
+    assert 0 < error < 0.2
+    ranges = dict(activation_quantizers(prepared.graph_module)).values()
+    assert all([entry.timestep for entry in item.statistics.ranges()] == [0.0, 500.0, 999.0] for item in ranges)
+
+
+def test_converting_what_observed_nothing_names_the_first_quantizer(preparer: Preparer, sketch: nn.Module) -> None:
+    # The stem's output is the first quantized tensor; the shortcut reads it much later.
+    with pytest.raises(CalibrationError, match=r"^skip#1\.input: its input was never observed; run calibrate"):
+        qdiff_fx.convert(_prepared(preparer, sketch))
+
+
+class _Killed(BaseException):
+    """What a killed process looks like from inside: no handler runs."""
+
+
+def _interrupted(prepared: qdiff_fx.PreparedUNet, data: Any, folder: Path, batches: int, **options: Any) -> int:
+    """Start calibrate and die after so many forward passes; returns how many ran."""
+    count = 0
+    forward = type(prepared).run
+
+    def run(self: qdiff_fx.PreparedUNet, inputs: Any) -> Any:
+        nonlocal count
+        if count == batches:
+            raise _Killed
+        count += 1
+        return forward(self, inputs)
+
+    with patch.object(type(prepared), "run", run), pytest.raises(_Killed):
+        qdiff_fx.calibrate(prepared, data, checkpoint_dir=folder, progress=False, **options)
+    return count
+
+
+@pytest.mark.parametrize("killed_after", [1, 4, 5])
+def test_a_killed_calibration_continues_to_equal_grids(
+    preparer: Preparer, sketch: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_after: int
+) -> None:
+    monkeypatch.setattr(driver, "SAVE_EVERY", 2)
+    data = CalibrationSet.from_samples(calls_of(sketch))
+    whole = _prepared(preparer, sketch)
+    qdiff_fx.calibrate(whole, data, batch_size=2, progress=False)
+    _interrupted(_prepared(preparer, sketch), data, tmp_path, killed_after, batch_size=2)
+    resumed, passes = _prepared(preparer, sketch), []
+    handle = resumed.graph_module.register_forward_pre_hook(lambda *_: passes.append(resumed.graph_module))
+    qdiff_fx.calibrate(resumed, data, batch_size=2, checkpoint_dir=tmp_path, progress=False)
+    handle.remove()
+    assert _grids(resumed) == _grids(whole)
+    observing = 6 - killed_after // 2 * 2
+    assert len(passes) >= observing
+
+
+def test_a_torn_checkpoint_starts_over(preparer: Preparer, sketch: nn.Module, tmp_path: Path) -> None:
+    first = _prepared(preparer, sketch)
+    qdiff_fx.calibrate(first, calls_of(sketch), checkpoint_dir=tmp_path, progress=False)
+    state = tmp_path / "observation.safetensors"
+    state.write_bytes(state.read_bytes()[:-8])
+    again = _prepared(preparer, sketch)
+    qdiff_fx.calibrate(again, calls_of(sketch), checkpoint_dir=tmp_path, progress=False)
+    assert _grids(again) == _grids(first)
+
+
+@pytest.mark.parametrize("change", ["config", "data", "weights"])
+def test_a_checkpoint_of_another_run_is_refused(
+    preparer: Preparer, sketch: nn.Module, tmp_path: Path, change: str
+) -> None:
+    qdiff_fx.calibrate(_prepared(preparer, sketch), calls_of(sketch), checkpoint_dir=tmp_path, progress=False)
+    module, config, calls = sketch, FAST, calls_of(sketch)
+    if change == "config":
+        config = FAST.replace(weight_bits=8)
+    elif change == "data":
+        calls = calls_of(sketch, timesteps=(1.0, 2.0))
+    else:
+        module = Sketch().eval()
+    with pytest.raises(CheckpointError, match="holds the calibration of another model, config or calibration set"):
+        qdiff_fx.calibrate(_prepared(preparer, module, config), calls, checkpoint_dir=tmp_path, progress=False)
+
+
+# ------------------------------------------------------------------------- sets of another model
+
+
+def _call(**shapes: tuple[int, ...]) -> list[Any]:
+    return [(tuple(torch.zeros(*shape) for shape in shapes.values()), {})]
+
+
+@pytest.mark.parametrize(
+    ("calls", "message"),
+    [
+        (_call(sample=(4, 1, 8, 8), timestep=(4,)), r"sample: shape \(1, 1, 8, 8\), want 2 in dimension 1"),
+        (_call(sample=(4, 2, 7, 8), timestep=(4,)), "sample: 7 x 8, want multiples of 2"),
+        (_call(sample=(4, 2, 8, 8)), "timestep is not given"),
+        (_call(sample=(4, 2, 8, 8), timestep=(4,), context=(4, 7, 6)), "3 positional arguments, the model takes 2"),
+    ],
+)
+def test_calls_of_another_shape_are_refused(
+    preparer: Preparer, sketch: nn.Module, calls: list[Any], message: str
+) -> None:
+    with pytest.raises(CalibrationError, match=f"the calibration set does not fit the model: {message}"):
+        qdiff_fx.calibrate(_prepared(preparer, sketch), calls, progress=False)
+
+
+def test_another_context_size_is_refused(preparer: Preparer, conditional: nn.Module) -> None:
+    calls = _call(sample=(4, 3, 8, 8), timestep=(4,), context=(4, 7, 5))
+    with pytest.raises(CalibrationError, match=r"encoder_hidden_states: shape \(1, 7, 5\), want 6 in dimension 2"):
+        qdiff_fx.calibrate(preparer(conditional), calls, progress=False)
+
+
+def test_a_set_that_was_collected_from_another_config_is_refused(preparer: Preparer, unconditional: nn.Module) -> None:
+    other = unconditional_unet(norm_num_groups=2)
+    data = CalibrationSet.collect(
+        other, scheduler=DDIMScheduler(), num_inference_steps=2, num_timesteps=1, samples_per_timestep=2, progress=False
+    )
+    with pytest.raises(CalibrationError, match="from another model: norm_num_groups=2 there, 4 here; collect it from"):
+        qdiff_fx.calibrate(preparer(unconditional), data, progress=False)
+
+
+def test_an_empty_set_is_refused(preparer: Preparer, sketch: nn.Module) -> None:
+    with pytest.raises(CalibrationError, match="the calibration set is empty"):
+        qdiff_fx.calibrate(_prepared(preparer, sketch), [], progress=False)
+
+
+def test_a_refused_set_leaves_the_model_as_it_was(preparer: Preparer, sketch: nn.Module) -> None:
+    prepared = _prepared(preparer, sketch)
+    qdiff_fx.calibrate(prepared, calls_of(sketch), progress=False)
+    grids = _grids(prepared)
+    with pytest.raises(CalibrationError):
+        qdiff_fx.calibrate(prepared, _call(sample=(4, 1, 8, 8), timestep=(4,)), progress=False)
+    assert _grids(prepared) == grids and prepared.calibrated
+    modes = {item.mode for item in dict(activation_quantizers(prepared.graph_module)).values()}
+    assert modes == {QuantizerMode.QUANTIZE}

@@ -1,0 +1,1 @@
+"""UNets in plain PyTorch, in the style of well-known code bases: neither diffusers nor configs."""

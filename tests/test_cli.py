@@ -1,0 +1,183 @@
+"""The command line, end to end on a tiny pipeline folder, and what it says when something is wrong."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from PIL import Image
+
+from qdiff_fx.cli import VERBS, main
+from subjects import conditional_unet, unconditional_unet
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A diffusers pipeline folder: unet/ and scheduler/."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("model")
+    unconditional_unet().save_pretrained(folder / "unet")
+    DDIMScheduler(clip_sample=False).save_pretrained(folder / "scheduler")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def quantized(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `quantize` made of it."""
+    folder = tmp_path_factory.mktemp("quantized")
+    data = str(tmp_path_factory.mktemp("data") / "set")
+    sizes = ["--steps", "5", "--timesteps", "3", "--samples", "4"]
+    assert main(["collect", str(model), "--out", data, *sizes]) == 0
+    assert main(["quantize", str(model), "--preset", "w8a8", "--calibration", data, "--out", str(folder)]) == 0
+    return folder
+
+
+def error_line(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The only line on stderr of a call that must fail with exit status 2."""
+    capsys.readouterr()
+    assert main(list(arguments)) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_a_help_with_an_example(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([verb, "--help"]) == 0
+    assert re.search(rf"example:\n  qdiff-fx {verb}\b", capsys.readouterr().out)
+
+
+def test_without_a_verb_the_verbs_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    out = capsys.readouterr().out
+    assert all(f"\n  {verb} " in out for verb in VERBS)
+
+
+def test_inspect_lists_shortcuts_with_channels_and_ratio(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(model)]) == 0
+    out = capsys.readouterr().out
+    assert "shortcuts: 4" in out
+    assert "attentions: 4" in out
+    assert re.search(r"conv_shortcut +16 \+ 16 +\[-?\d.*\] +\d+\.\d\d\n", out)
+    assert re.search(r"\n *all +[\d,]+ .*kB .*\(0\.\d+\)", out)
+
+
+def test_inspect_prints_json_for_machines(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(model), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert len(found["shortcuts"]) == 4
+    assert all(row["range_ratio"] >= 1 for row in found["shortcuts"])
+    assert {block["index"] for block in found["blocks"]} == {row["block"] for row in found["layers"]}
+
+
+def test_a_quantized_folder_can_be_inspected(quantized: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(quantized), "--json"]) == 0
+    nodes = json.loads(capsys.readouterr().out)["nodes"]
+    assert any(node["dtype"] == "int8" for node in nodes)
+
+
+def test_equal_seeds_give_nearly_equal_pictures_of_model_and_quantized(
+    model: Path, quantized: Path, tmp_path: Path
+) -> None:
+    pictures = []
+    for name, source in (("a.png", model), ("b.png", quantized)):
+        assert main(["sample", str(source), "--out", str(tmp_path / name), "--samples", "4", "--steps", "4"]) == 0
+        with Image.open(tmp_path / name) as picture:
+            pictures.append(torch.tensor(list(picture.convert("RGB").tobytes()), dtype=torch.float64))
+    assert float((pictures[0] - pictures[1]).abs().mean()) < 0.05 * 255  # other seeds differ by 30 %
+
+
+def test_evaluate_writes_figures_that_report_renders(
+    model: Path, quantized: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--samples", "2", "--steps", "4", "--timesteps", "3", "--out", str(tmp_path)]
+    assert main(["evaluate", str(model), str(quantized), *arguments]) == 0
+    assert "output SQNR, pooled" in capsys.readouterr().out
+    figures = json.loads((tmp_path / "evaluation.json").read_text())
+    assert figures["table"][0]["sqnr_pooled_db"] > 20  # W8A8
+    assert figures["sizes"]["quantized"] < figures["sizes"]["fp32"]
+    assert main(["report", str(tmp_path)]) == 0
+    assert "end-point" in (tmp_path / "report.html").read_text()
+
+
+def test_quantize_leaves_a_run_that_report_renders(quantized: Path) -> None:
+    assert main(["report", str(quantized)]) == 0
+    assert "conv_shortcut#1" in (quantized / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("inspect", "no-such-folder"), "no such folder; want one, or a bundled model"),
+        (("quantize", "fashion-uncond", "--preset", "w3a9", "--out", "x"), "preset 'w3a9': want one of"),
+        (("report", "no-such-folder"), "no such folder; name what --out"),
+        (("sample", "."), "the following arguments are required: --out"),
+        (("frobnicate",), "is no verb: want one of demo, inspect"),
+    ],
+)
+def test_bad_input_gets_one_line_with_the_remedy(
+    arguments: tuple[str, ...], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert expected in error_line(capsys, *arguments)
+
+
+def test_a_folder_that_is_no_model_is_told_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "name a diffusers folder" in error_line(capsys, "inspect", str(tmp_path))
+
+
+def test_a_quantized_model_is_not_quantized_again(
+    quantized: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = error_line(capsys, "quantize", str(quantized), "--out", str(tmp_path))
+    assert "is quantized already; name the full-precision model" in line
+
+
+def test_a_calibration_set_of_another_model_is_refused(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other"
+    unconditional_unet(in_channels=1, out_channels=1).save_pretrained(other / "unet")
+    DDIMScheduler().save_pretrained(other / "scheduler")
+    sizes = ["--steps", "2", "--timesteps", "2", "--samples", "2"]
+    assert main(["collect", str(other), "--out", str(tmp_path / "set"), *sizes]) == 0
+    line = error_line(
+        capsys, "quantize", str(model), "--calibration", str(tmp_path / "set"), "--out", str(tmp_path / "out")
+    )
+    assert "collected from another model" in line
+
+
+def test_a_conditional_model_without_contexts_says_how_to_pass_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    conditional_unet().save_pretrained(tmp_path / "unet")
+    DDIMScheduler().save_pretrained(tmp_path / "scheduler")
+    line = error_line(capsys, "sample", str(tmp_path), "--out", str(tmp_path / "picture.png"))
+    assert "pass --context FILE.safetensors" in line
+
+
+def test_a_truncated_checkpoint_is_refused(quantized: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for path in quantized.glob("*.*"):
+        content = path.read_bytes()
+        (tmp_path / path.name).write_bytes(content[: len(content) // 2] if path.suffix == ".safetensors" else content)
+    line = error_line(capsys, "sample", str(tmp_path), "--out", str(tmp_path / "picture.png"))
+    assert ".safetensors" in line
+
+
+def test_only_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", "no-such-folder", "--debug"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_an_unexpected_failure_is_one_line_and_status_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def fail(folder: Path) -> Path:
+        raise RuntimeError("the\nsky fell")
+
+    monkeypatch.setattr("qdiff_fx.cli.report.write_report", fail)
+    assert main(["report", str(tmp_path)]) == 1
+    assert capsys.readouterr().err == "qdiff-fx report: RuntimeError: the sky fell (--debug shows where)\n"
