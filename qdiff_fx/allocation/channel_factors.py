@@ -24,13 +24,15 @@ from qdiff_fx.graph.meta import LAYER
 from qdiff_fx.graph.signature import CallSignature
 from qdiff_fx.numerics.affine import QParams, along_axis, fake_quantize
 from qdiff_fx.numerics.search import search_mse
-from qdiff_fx.numerics.weights import MAXIMUM_SHIFT
+from qdiff_fx.numerics.weights import MAXIMUM_SHIFT, grid_weight
 
 EXPONENTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 SILENT = 2.0**-10
 """A channel that was silent in calibration counts as this share of the layer's median maximum."""
 
 _SEARCHED_VALUES = 65536
+_COARSE_VALUES, _COARSE_RANGES, _COARSE_ROWS = 8192, 10, 3
+"""While candidates are compared: activation values and clipping ranges searched, every n-th row; the winner gets all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,31 +151,32 @@ def _choose(quantizer: ActivationQuantizer, readers: Sequence[_Reader], x: Tenso
     off = _relative_error(
         readers, targets, fake_quantize(x, quantizer.scale, quantizer.zero_point, quantizer.spec), plain
     )
-    best_error, best = off, None
-    for candidate in _candidates(quantizer, readers):
-        qparams = _fit_input(quantizer, candidate.factor, x, axis)
+    layers = tuple(LAYER.require(reader.call.node).name for reader in readers)
+
+    def judge(candidate: _Candidate, *, coarse: bool) -> tuple[float, QParams, list[WeightQuantizer]]:
+        rows = slice(None, None, _COARSE_ROWS if coarse else 1)
+        qparams = _fit_input(quantizer, candidate.factor, x[rows], axis, coarse=coarse)
         rounded = fake_quantize(
-            x,
+            x[rows],
             qparams.scale,
             qparams.zero_point,
             quantizer.spec,
             channel_factor=along_axis(candidate.factor, x.ndim, axis),
         )
-        fitted = [_fit_weight(reader, candidate) for reader in readers]
+        fitted = [_fit_weight(reader, candidate, coarse=coarse) for reader in readers]
         weights = [item.quantized(reader.weight) for item, reader in zip(fitted, readers, strict=True)]
-        error = _relative_error(readers, targets, rounded, weights)
-        if error < best_error:
-            best_error, best = error, (candidate, qparams, fitted)
-    layers = tuple(LAYER.require(reader.call.node).name for reader in readers)
-    if best is None:
+        return _relative_error(readers, [y[rows] for y in targets], rounded, weights), qparams, fitted
+
+    candidate = min(_candidates(quantizer, readers), key=lambda item: judge(item, coarse=True)[0])
+    error, qparams, fitted = judge(candidate, coarse=False)
+    if error >= off:
         return FactorChoice(layers=layers, exponent=None, shifted=False, gain_db=0.0)
-    candidate, qparams, fitted = best
     quantizer.channel_factor = candidate.factor
     quantizer.set_qparams(qparams)
     for reader, item in zip(readers, fitted, strict=True):
         reader.quantizer.channel_factor, reader.quantizer.channel_shift = item.channel_factor, item.channel_shift
         reader.quantizer.scale, reader.quantizer.zero_point = item.scale, item.zero_point
-    gain = 10.0 * float(torch.log10(torch.tensor(off / max(best_error, 1e-30))))
+    gain = 10.0 * float(torch.log10(torch.tensor(off / max(error, 1e-30))))
     return FactorChoice(layers=layers, exponent=candidate.exponent, shifted=candidate.shift is not None, gain_db=gain)
 
 
@@ -194,7 +197,7 @@ def _input_channel_maxima(reader: _Reader) -> Tensor:
     return by_channel.amax(dim=(1, 3)).reshape(-1).to(torch.float32)
 
 
-def _fit_input(quantizer: ActivationQuantizer, factor: Tensor, x: Tensor, axis: int) -> QParams:
+def _fit_input(quantizer: ActivationQuantizer, factor: Tensor, x: Tensor, axis: int, *, coarse: bool) -> QParams:
     """The grid of x / m, searched on a sample of it; its range is that of everything that was observed."""
     seen = (x.to(torch.float32) / along_axis(factor, x.ndim, axis)).flatten()
     lowest, highest = seen.min(), seen.max()
@@ -203,29 +206,44 @@ def _fit_input(quantizer: ActivationQuantizer, factor: Tensor, x: Tensor, axis: 
         highest = torch.maximum(highest, observed)
     else:
         lowest = torch.minimum(lowest, -observed)
-    step = max(1, seen.numel() // _SEARCHED_VALUES)
-    return search_mse(seen[::step], quantizer.spec, minimum=lowest, maximum=highest)
+    values, ranges = (_COARSE_VALUES, _COARSE_RANGES) if coarse else (_SEARCHED_VALUES, 80)
+    step = max(1, seen.numel() // values)
+    return search_mse(seen[::step], quantizer.spec, candidates=ranges, minimum=lowest, maximum=highest)
 
 
-def _fit_weight(reader: _Reader, candidate: _Candidate) -> WeightQuantizer:
-    """A quantizer like the reader's, fitted under the candidate's factor."""
+def _fit_weight(reader: _Reader, candidate: _Candidate, *, coarse: bool) -> WeightQuantizer:
+    """A quantizer like the reader's, fitted under the candidate's factor; coarsely where it is only compared."""
     own = reader.quantizer
     fitted = WeightQuantizer(own.name, own.spec, observer=own.observer_name, groups=own.groups, seed=own.seed)
     fitted.channel_factor = candidate.factor
     fitted.channel_shift = candidate.shift if own.spec.bits <= 4 else None
-    fitted.fit(reader.weight)
+    if not coarse:
+        fitted.fit(reader.weight)
+        return fitted
+    seen = grid_weight(
+        reader.weight.detach(),
+        channel_factor=fitted.channel_factor,
+        channel_shift=fitted.channel_shift,
+        groups=fitted.groups,
+    )
+    qparams = search_mse(seen.flatten(1), own.spec, candidates=_COARSE_RANGES)
+    fitted.scale, fitted.zero_point, fitted.calibrated = qparams.scale, qparams.zero_point, True
     return fitted
 
 
 def _relative_error(
     readers: Sequence[_Reader], targets: Sequence[Tensor], x: Tensor, weights: Sequence[Tensor]
 ) -> float:
-    """Sum over the layers of ||y' - y||^2 / ||y||^2."""
+    """Sum over the layers of the mean over rows of ||y' - y||^2 / ||y||^2: every noise level counts alike."""
     total = 0.0
     for reader, target, weight in zip(readers, targets, weights, strict=True):
-        error = (_output(reader.call, x, weight) - target).double().square().sum()
-        total += float(error / target.double().square().sum().clamp(min=1e-30))
+        error = _row_energies(_output(reader.call, x, weight) - target)
+        total += float((error / _row_energies(target).clamp(min=1e-30)).mean())
     return total
+
+
+def _row_energies(values: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(values.flatten(1), dim=1, dtype=torch.float64).square()
 
 
 def _output(call: LayerCall, x: Tensor, weight: Tensor) -> Tensor:
