@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import fx
 
 from qdiff_fx.graph.edit import LAYER_OPERATORS, RANGE_KEEPING
-from qdiff_fx.graph.meta import SPLIT_ADD
+from qdiff_fx.graph.meta import BLOCK, LAYER, MODULE_PATH, SPLIT_ADD
 from qdiff_fx.graph.signature import CallSignature
 
 aten = torch.ops.aten
@@ -75,3 +76,36 @@ def _output_layers(graph: fx.Graph) -> Iterator[fx.Node]:
 
 def _scales_by_constant(node: fx.Node) -> bool:
     return node.target in _SCALING and len(node.all_input_nodes) == 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """A reconstruction block, in execution order: where its last node comes from, and its layers."""
+
+    index: int
+    name: str
+    layers: tuple[str, ...]
+
+
+def blocks(graph_module: fx.GraphModule) -> Iterator[Block]:
+    """The reconstruction blocks in execution order, named by the module path that their layers share."""
+    layers: dict[int, list[str]] = {}
+    paths: dict[int, list[str]] = {}
+    for node in graph_module.graph.nodes:
+        index, policy = BLOCK.get(node), LAYER.get(node)
+        if index is None or policy is None:
+            continue
+        layers.setdefault(index, []).append(policy.name)
+        paths.setdefault(index, []).append(MODULE_PATH.get(node) or policy.name)
+    for index in sorted(layers):
+        yield Block(index=index, name=_common_path(paths[index]), layers=tuple(layers[index]))
+
+
+def _common_path(paths: list[str]) -> str:
+    """The module path that all of `paths` lie under; the only path itself."""
+    common = paths[0].split(".")
+    for path in paths[1:]:
+        parts = path.split(".")
+        length = next((i for i, (a, b) in enumerate(zip(common, parts, strict=False)) if a != b), len(common))
+        common = common[: min(length, len(parts))]
+    return ".".join(common)

@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qdiff_fx.api import calibrate, convert, load, prepare, save
+    from qdiff_fx.api import calibrate, convert, load, prepare, save, sensitivity
     from qdiff_fx.calibration import CalibrationSet
     from qdiff_fx.calibration.report import CalibrationReport
     from qdiff_fx.config import LayerRule, QDiffConfig
@@ -26,6 +26,7 @@ __all__ = [
     "load",
     "prepare",
     "save",
+    "sensitivity",
 ]
 
 _HOMES = {
@@ -41,6 +42,7 @@ _HOMES = {
     "load": "qdiff_fx.api",
     "prepare": "qdiff_fx.api",
     "save": "qdiff_fx.api",
+    "sensitivity": "qdiff_fx.api",
 }
 
 if not TYPE_CHECKING:  # type checkers see the imports above, and a misspelt name

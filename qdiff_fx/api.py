@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import logging
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,6 +17,9 @@ import torch
 from diffusers import ModelMixin
 from torch import Tensor, nn
 
+from qdiff_fx.allocation.estimate import estimate_errors
+from qdiff_fx.allocation.observed_factors import equalize_from_maxima
+from qdiff_fx.allocation.sensitivity import SensitivityReport, measure_sensitivity
 from qdiff_fx.calibration import CalibrationSet
 from qdiff_fx.calibration.driver import (
     check_data,
@@ -45,6 +49,8 @@ from qdiff_fx.passes.prepare import PREPARE
 from qdiff_fx.reconstruction import BlockResult, ReconstructionConfig, reconstruct
 from qdiff_fx.safe_io import tensor_bytes
 from qdiff_fx.stages import decide, guard, hold_out, measure_quality, meet_target
+
+logger = logging.getLogger(__name__)
 
 
 def prepare(
@@ -176,6 +182,67 @@ def calibrate(
     return report
 
 
+def sensitivity(
+    prepared: PreparedUNet,
+    data: CalibrationSet | Iterable[tuple[Sequence[Any], Mapping[str, Any]]],
+    *,
+    samples: int = 64,
+    batch_size: int = 32,
+    checkpoint_dir: str | Path | None = None,
+    progress: bool | None = None,
+) -> SensitivityReport:
+    """The output error that quantizing each weight, layer input, attention and block alone causes, worst first.
+
+    One forward pass over `samples` rows for each of them, beside what the estimate that allocation uses predicts.
+    An uncalibrated model is observed and fitted on `data` first, at its config's bits; nothing is raised.
+
+    Args:
+      data: a CalibrationSet, or a list of (args, kwargs) calls.
+      samples: rows that are measured, evenly over the timesteps.
+      batch_size: rows a forward pass.
+      checkpoint_dir: where finished figures are kept, so that a killed run continues.
+      progress: show progress bars; None does so on a terminal.
+
+    Raises:
+      CalibrationError: for an empty set or one of another model.
+      CheckpointError: if `checkpoint_dir` holds figures of another model, config or set.
+    """
+    _check_stage(prepared, "sensitivity")
+    if not isinstance(data, CalibrationSet):
+        data = CalibrationSet.from_samples(list(data))
+    check_data(data, prepared.signature, dict(prepared.config))
+    identity = _identity(prepared, data, batch_size)
+    folder = None if checkpoint_dir is None else Path(checkpoint_dir)
+    if not prepared.calibrated:
+        reset(prepared.graph_module)
+        prepared.set_mode(QuantizerMode.OBSERVE)
+        observe(
+            prepared,
+            prepared.graph_module,
+            data,
+            batch_size=batch_size,
+            seed=prepared.qdiff_config.seed,
+            identity=identity,
+            checkpoint_dir=folder,
+            progress=progress,
+        )
+        fit_activations(prepared.graph_module)
+        fit_weights(prepared.graph_module, progress=progress)
+    seed = prepared.qdiff_config.seed
+    return measure_sensitivity(
+        prepared.graph_module,
+        prepared.signature,
+        data,
+        estimate=estimate_errors(prepared.graph_module, prepared.signature, data, seed=seed, progress=progress),
+        samples=samples,
+        batch_size=batch_size,
+        seed=seed,
+        identity=_digest(f"{identity} {samples}"),
+        checkpoint_dir=folder,
+        progress=progress,
+    )
+
+
 def convert(
     prepared: PreparedUNet,
     backend: str = "auto",
@@ -186,7 +253,8 @@ def convert(
 ) -> QuantizedUNet:
     """`prepared` with packed integer weights and integer operators, lowered to `backend`.
 
-    A model that was observed but not calibrated (prepare, run your sampler, convert) gets its grids now.
+    A model that was observed but not calibrated (prepare, run your sampler, convert) gets its grids now, with channel
+    factors from the observed maxima (`config.equalize`); the log says that its quality was not measured.
 
     Args:
       backend: "auto", or a name in `qdiff_fx.kernels.BACKENDS`.
@@ -204,6 +272,8 @@ def convert(
     select_backend(backend, prepared.device.type)  # before anything is consumed
     fit_activations(prepared.graph_module)
     fit_weights(prepared.graph_module)
+    if not prepared.calibrated:
+        _finish_short_way(prepared)
     graph_module = prepared.graph_module if release else shared_copy(prepared.graph_module)
     if release:
         prepared.graph_module = torch.fx.GraphModule({}, torch.fx.Graph())
@@ -298,6 +368,17 @@ def _check_stage(prepared: Any, verb: str) -> None:
     raise ConversionError(
         f"{verb}() takes what prepare() returned, got a {type(prepared).__name__}; call prepared = prepare(unet) first"
     )
+
+
+def _finish_short_way(prepared: PreparedUNet) -> None:
+    """What calibrate() would have done without data, once, and word of what it could not do."""
+    factors = equalize_from_maxima(prepared.graph_module) if prepared.qdiff_config.equalize else ()
+    logger.warning(
+        "converted from observed ranges alone (%d tensors equalised): quality was not measured; "
+        "calibrate(prepared, data) measures it and spends bits where they matter",
+        len(factors),
+    )
+    prepared.calibrated = True
 
 
 def _reconstruct(

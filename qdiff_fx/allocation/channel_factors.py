@@ -32,7 +32,7 @@ SILENT = 2.0**-10
 
 _SEARCHED_VALUES = 65536
 _COARSE_VALUES, _COARSE_RANGES, _COARSE_ROWS = 8192, 10, 3
-"""While candidates are compared: activation values and clipping ranges searched, every n-th row; the winner gets all."""
+"""While candidates are compared: values and clipping ranges searched, and every n-th row; the winner gets all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ class FactorChoice:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Reader:
+class Reader:
     """A layer that reads the quantized tensor, with its weight and its quantizer."""
 
     call: LayerCall
@@ -84,7 +84,7 @@ def choose_channel_factors(
 
     Left alone: inputs of layers in the carrier type, weights that several calls share, attention operands.
     """
-    readers = {str(node.target): _readers(graph_module, node) for node in _input_nodes(graph_module)}
+    readers = {str(node.target): readers_of(graph_module, node) for node in input_nodes(graph_module)}
     choices: list[FactorChoice] = []
 
     def on_weight(target: str, quantizer: WeightQuantizer, weight: Tensor) -> Tensor:
@@ -143,7 +143,7 @@ def _audible(maxima: Tensor) -> Tensor:
     return maxima.clamp(min=floor)
 
 
-def _choose(quantizer: ActivationQuantizer, readers: Sequence[_Reader], x: Tensor) -> FactorChoice:
+def _choose(quantizer: ActivationQuantizer, readers: Sequence[Reader], x: Tensor) -> FactorChoice:
     """Judge all candidates for one tensor and install the winner."""
     axis = quantizer.channel_axis % x.ndim
     targets = [_output(reader.call, x, reader.weight) for reader in readers]
@@ -180,8 +180,8 @@ def _choose(quantizer: ActivationQuantizer, readers: Sequence[_Reader], x: Tenso
     return FactorChoice(layers=layers, exponent=candidate.exponent, shifted=candidate.shift is not None, gain_db=gain)
 
 
-def _candidates(quantizer: ActivationQuantizer, readers: Sequence[_Reader]) -> Iterator[_Candidate]:
-    maxima = torch.stack([_input_channel_maxima(reader) for reader in readers]).amax(dim=0)
+def _candidates(quantizer: ActivationQuantizer, readers: Sequence[Reader]) -> Iterator[_Candidate]:
+    maxima = torch.stack([input_channel_maxima(reader) for reader in readers]).amax(dim=0)
     has_w4 = any(reader.quantizer.spec.bits <= 4 for reader in readers)
     for exponent in EXPONENTS:
         factor = smoothing_factor(quantizer.statistics.channel_maxima.to(maxima.device), maxima, exponent)
@@ -190,7 +190,7 @@ def _candidates(quantizer: ActivationQuantizer, readers: Sequence[_Reader]) -> I
             yield _Candidate(factor=factor, shift=channel_shifts(factor), exponent=exponent)
 
 
-def _input_channel_maxima(reader: _Reader) -> Tensor:
+def input_channel_maxima(reader: Reader) -> Tensor:
     """max |W| by input channel, [C_in]; in a grouped convolution the groups' channels follow each other."""
     weight, groups = reader.weight.detach(), reader.call.groups
     by_channel = weight.abs().reshape(groups, weight.shape[0] // groups, weight.shape[1], -1)
@@ -211,7 +211,7 @@ def _fit_input(quantizer: ActivationQuantizer, factor: Tensor, x: Tensor, axis: 
     return search_mse(seen[::step], quantizer.spec, candidates=ranges, minimum=lowest, maximum=highest)
 
 
-def _fit_weight(reader: _Reader, candidate: _Candidate, *, coarse: bool) -> WeightQuantizer:
+def _fit_weight(reader: Reader, candidate: _Candidate, *, coarse: bool) -> WeightQuantizer:
     """A quantizer like the reader's, fitted under the candidate's factor; coarsely where it is only compared."""
     own = reader.quantizer
     fitted = WeightQuantizer(own.name, own.spec, observer=own.observer_name, groups=own.groups, seed=own.seed)
@@ -232,7 +232,7 @@ def _fit_weight(reader: _Reader, candidate: _Candidate, *, coarse: bool) -> Weig
 
 
 def _relative_error(
-    readers: Sequence[_Reader], targets: Sequence[Tensor], x: Tensor, weights: Sequence[Tensor]
+    readers: Sequence[Reader], targets: Sequence[Tensor], x: Tensor, weights: Sequence[Tensor]
 ) -> float:
     """Sum over the layers of the mean over rows of ||y' - y||^2 / ||y||^2: every noise level counts alike."""
     total = 0.0
@@ -243,7 +243,8 @@ def _relative_error(
 
 
 def _row_energies(values: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(values.flatten(1), dim=1, dtype=torch.float64).square()
+    norms: Tensor = torch.linalg.vector_norm(values.flatten(1), dim=1, dtype=torch.float64)
+    return norms.square()
 
 
 def _output(call: LayerCall, x: Tensor, weight: Tensor) -> Tensor:
@@ -257,13 +258,14 @@ def _without_bias(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in kwargs.items() if key != "bias"}
 
 
-def _input_nodes(graph_module: fx.GraphModule) -> Iterator[fx.Node]:
+def input_nodes(graph_module: fx.GraphModule) -> Iterator[fx.Node]:
+    """The calls of activation quantizers, in execution order."""
     for node in graph_module.graph.nodes:
         if node.op == "call_module" and isinstance(graph_module.get_submodule(str(node.target)), ActivationQuantizer):
             yield node
 
 
-def _readers(graph_module: fx.GraphModule, node: fx.Node) -> tuple[_Reader, ...]:
+def readers_of(graph_module: fx.GraphModule, node: fx.Node) -> tuple[Reader, ...]:
     """The layers behind an input quantizer; none if one of them cannot take a factor."""
     readers = []
     for user in node.users:
@@ -274,5 +276,5 @@ def _readers(graph_module: fx.GraphModule, node: fx.Node) -> tuple[_Reader, ...]
         source = call.weight.args[0]
         if not isinstance(quantizer, WeightQuantizer) or not isinstance(source, fx.Node):
             return ()
-        readers.append(_Reader(call=call, weight=get_tensor(graph_module, source.target), quantizer=quantizer))
+        readers.append(Reader(call=call, weight=get_tensor(graph_module, source.target), quantizer=quantizer))
     return tuple(readers)

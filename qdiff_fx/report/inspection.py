@@ -12,8 +12,9 @@ from torch import Tensor, fx
 from qdiff_fx.config import CARRIER_BITS
 from qdiff_fx.fake_quantize import ActivationQuantizer, AttentionQuantizer, WeightQuantizer
 from qdiff_fx.graph.edit import get_tensor, layer_call
-from qdiff_fx.graph.meta import ATTENTION, BLOCK, LAYER, MODULE_PATH, SPLIT_PART
+from qdiff_fx.graph.meta import ATTENTION, BLOCK, LAYER, SPLIT_PART
 from qdiff_fx.model import PreparedUNet
+from qdiff_fx.passes.analysis import Block, blocks
 
 _PACKED_BITS = 4
 """Codes of so many bits or fewer are stored two to a byte, wider ones one to a byte."""
@@ -80,15 +81,6 @@ class AttentionRow:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Block:
-    """A reconstruction block, in execution order: where its last node comes from, and its layers."""
-
-    index: int
-    name: str
-    layers: tuple[str, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
 class SizeRow:
     """Parameters and bytes of one weight width; `bits` is 32 for what stays in the carrier type."""
 
@@ -124,7 +116,7 @@ def inspect_prepared(prepared: PreparedUNet) -> Inspection:
         shortcuts=tuple(_shortcuts(graph_module)),
         attentions=tuple(_attentions(graph_module)),
         layers=layers,
-        blocks=tuple(_blocks(graph_module)),
+        blocks=tuple(blocks(graph_module)),
         sizes=_sizes(graph_module, layers),
     )
 
@@ -194,29 +186,6 @@ def _stored_bytes(weight: Tensor, quantizer: WeightQuantizer) -> int:
         return weight.numel() + 4 * channels
     shift = quantizer.channel_shift
     return math.ceil(weight.numel() / 2) + 5 * channels + (0 if shift is None else math.ceil(shift.numel() / 4))
-
-
-def _blocks(graph_module: fx.GraphModule) -> Iterator[Block]:
-    layers: dict[int, list[str]] = {}
-    paths: dict[int, list[str]] = {}
-    for node in graph_module.graph.nodes:
-        index, policy = BLOCK.get(node), LAYER.get(node)
-        if index is None or policy is None:
-            continue
-        layers.setdefault(index, []).append(policy.name)
-        paths.setdefault(index, []).append(MODULE_PATH.get(node) or policy.name)
-    for index in sorted(layers):
-        yield Block(index=index, name=_common_path(paths[index]), layers=tuple(layers[index]))
-
-
-def _common_path(paths: list[str]) -> str:
-    """The module path that all of `paths` lie under; the only path itself."""
-    common = paths[0].split(".")
-    for path in paths[1:]:
-        parts = path.split(".")
-        length = next((i for i, (a, b) in enumerate(zip(common, parts, strict=False)) if a != b), len(common))
-        common = common[: min(length, len(parts))]
-    return ".".join(common)
 
 
 def _sizes(graph_module: fx.GraphModule, layers: tuple[LayerRow, ...]) -> tuple[SizeRow, ...]:

@@ -1,0 +1,271 @@
+"""The output error that quantizing each layer, attention or block alone causes: exact, one forward pass each."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx, nn
+
+from qdiff_fx.allocation.estimate import ErrorEstimate
+from qdiff_fx.allocation.probe import flat_inputs, spread_rows
+from qdiff_fx.allocation.units import input_units, weight_units
+from qdiff_fx.calibration import CalibrationSet
+from qdiff_fx.calibration.progress import progress_bar
+from qdiff_fx.errors import CheckpointError
+from qdiff_fx.fake_quantize import ActivationQuantizer, AttentionQuantizer, QuantizerMode, WeightQuantizer, set_mode
+from qdiff_fx.graph.meta import BLOCK
+from qdiff_fx.graph.signature import CallSignature
+from qdiff_fx.passes.analysis import blocks
+from qdiff_fx.safe_io import read_json, write_json
+
+PROGRESS_FILE = "sensitivity.json"
+_SAVED_EVERY = 10
+
+Kind = Literal["weight", "input", "attention", "block"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SensitivityRow:
+    """What one quantizer, or all of a block, does to the output alone.
+
+    Args:
+      kind: "weight" and "input" of a layer, "attention" (its operands and probabilities) or "block" (all in it).
+      name: of the layer, attention or block.
+      bits: width of the weight or input; None for attentions and blocks.
+      error: mean over rows of ||y' - y||^2 / ||y||^2, y the full-precision output.
+      estimate: the same as the cheap estimate predicts it; None where there is none.
+    """
+
+    kind: Kind
+    name: str
+    bits: int | None
+    error: float
+    estimate: float | None = None
+
+    @property
+    def sqnr_db(self) -> float:
+        """-10 log10 of the error; inf where the output did not change."""
+        return -10.0 * math.log10(self.error) if self.error > 0.0 else math.inf
+
+
+@dataclass(frozen=True, kw_only=True)
+class SensitivityReport:
+    """Everything that was measured, worst first.
+
+    Args:
+      rows: sorted by error, largest first.
+      samples: rows of the calibration set that it was measured on.
+      rank_correlation: Spearman's rho between error and estimate, by kind ("weight", "input").
+    """
+
+    rows: tuple[SensitivityRow, ...]
+    samples: int
+    rank_correlation: dict[str, float]
+
+    def worst(self, kind: Kind | None = None, count: int = 10) -> tuple[SensitivityRow, ...]:
+        """The first `count` rows of one kind."""
+        return tuple(row for row in self.rows if kind is None or row.kind == kind)[:count]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        lines = [f"{'alone':<10} {'dB':>7}  {'bits':>4}  name"]
+        lines += [
+            f"{row.kind:<10} {row.sqnr_db:7.1f}  {'' if row.bits is None else row.bits:>4}  {row.name}"
+            for row in self.rows
+        ]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Subject:
+    """Quantizers that are switched on together."""
+
+    kind: Kind
+    name: str
+    modules: tuple[nn.Module, ...]
+    bits: int | None = None
+    estimate: float | None = None
+
+    @property
+    def key(self) -> str:
+        return f"{self.kind} {self.name}"
+
+
+def measure_sensitivity(
+    graph_module: fx.GraphModule,
+    signature: CallSignature,
+    data: CalibrationSet,
+    *,
+    estimate: ErrorEstimate | None = None,
+    samples: int = 64,
+    batch_size: int = 32,
+    seed: int = 0,
+    identity: str = "",
+    checkpoint_dir: Path | None = None,
+    progress: bool | None = False,
+) -> SensitivityReport:
+    """Quantize every unit alone and compare the output with full precision; quantizers must be fitted.
+
+    Args:
+      estimate: predictions to show beside the measurement.
+      samples: rows, evenly over the timesteps.
+      identity: digest of model, config and data; a checkpoint of another is refused.
+      checkpoint_dir: where finished figures are kept, so that a killed run continues.
+
+    Raises: CheckpointError if `checkpoint_dir` holds another run's figures.
+    """
+    subjects = _subjects(graph_module, estimate)
+    device = next((unit.weight.device for unit in weight_units(graph_module)), torch.device("cpu"))
+    rows = spread_rows(data, samples, seed)
+    batches = [flat_inputs(data, part, signature, device) for part in torch.split(rows, batch_size)]
+    file = None if checkpoint_dir is None else checkpoint_dir / PROGRESS_FILE
+    errors = {} if file is None else _resume(file, identity)
+    with (
+        _modes_restored(graph_module),
+        torch.no_grad(),
+        progress_bar("sensitivity", total=len(subjects), progress=progress) as bar,
+    ):
+        set_mode(graph_module, QuantizerMode.PASS)
+        references = [_first(graph_module(*batch)) for batch in batches]
+        for subject in subjects:
+            if subject.key not in errors:
+                _switch(subject.modules, QuantizerMode.QUANTIZE)
+                outputs = [_first(graph_module(*batch)) for batch in batches]
+                _switch(subject.modules, QuantizerMode.PASS)
+                errors[subject.key] = _error(references, outputs)
+                if file is not None and len(errors) % _SAVED_EVERY == 0:
+                    write_json(file, {"identity": identity, "errors": errors})
+            bar.update(1)
+    if file is not None:
+        write_json(file, {"identity": identity, "errors": errors})
+    measured = [
+        SensitivityRow(
+            kind=subject.kind,
+            name=subject.name,
+            bits=subject.bits,
+            error=errors[subject.key],
+            estimate=subject.estimate,
+        )
+        for subject in subjects
+    ]
+    return SensitivityReport(
+        rows=tuple(sorted(measured, key=lambda row: -row.error)),
+        samples=len(rows),
+        rank_correlation=_correlations(measured),
+    )
+
+
+def spearman(first: Sequence[float], second: Sequence[float]) -> float:
+    """Spearman's rank correlation; ties keep their order. nan for fewer than two values."""
+    if len(first) < 2:
+        return float("nan")
+    ranks = torch.stack([torch.tensor(values, dtype=torch.float64).argsort().argsort() for values in (first, second)])
+    return float(torch.corrcoef(ranks.to(torch.float64))[0, 1])
+
+
+def _correlations(rows: Sequence[SensitivityRow]) -> dict[str, float]:
+    result = {}
+    for kind in ("weight", "input"):
+        known = [(row.error, row.estimate) for row in rows if row.kind == kind and row.estimate is not None]
+        if len(known) > 1:
+            result[kind] = spearman([error for error, _ in known], [estimate for _, estimate in known])
+    return result
+
+
+def _subjects(graph_module: fx.GraphModule, estimate: ErrorEstimate | None) -> tuple[_Subject, ...]:
+    weights = [
+        _Subject(
+            kind="weight",
+            name=unit.name,
+            modules=(unit.quantizer,),
+            bits=unit.quantizer.spec.bits,
+            estimate=None if estimate is None else estimate.weights[unit.target][unit.quantizer.spec.bits],
+        )
+        for unit in weight_units(graph_module)
+    ]
+    inputs = [
+        _Subject(
+            kind="input",
+            name=unit.name,
+            modules=(unit.quantizer,),
+            bits=unit.quantizer.spec.bits,
+            estimate=None if estimate is None else estimate.inputs.get(unit.target),
+        )
+        for unit in input_units(graph_module)
+    ]
+    attentions: list[_Subject] = []
+    members: dict[int, list[nn.Module]] = {}
+    names = {block.index: block.name for block in blocks(graph_module)}
+    for node in graph_module.graph.nodes:
+        if node.op != "call_module":
+            continue
+        module = graph_module.get_submodule(str(node.target))
+        if isinstance(module, AttentionQuantizer):
+            attentions.append(_Subject(kind="attention", name=module.name, modules=(module,)))
+        if isinstance(module, (AttentionQuantizer, ActivationQuantizer, WeightQuantizer)):
+            index = next((BLOCK.get(item) for item in (node, *node.users) if BLOCK.get(item) is not None), None)
+            if index is not None:
+                members.setdefault(index, []).append(module)
+    return (
+        *weights,
+        *inputs,
+        *attentions,
+        *(
+            _Subject(kind="block", name=f"{index} {names[index]}", modules=tuple(modules))
+            for index, modules in sorted(members.items())
+        ),
+    )
+
+
+def _switch(modules: Sequence[nn.Module], mode: QuantizerMode) -> None:
+    for module in modules:
+        set_mode(module, mode)
+
+
+def _error(references: Sequence[Tensor], outputs: Sequence[Tensor]) -> float:
+    """Mean over rows of the relative energy of the error."""
+    ratios = [
+        (output.double() - reference.double()).flatten(1).square().sum(dim=1)
+        / reference.double().flatten(1).square().sum(dim=1).clamp(min=1e-30)
+        for reference, output in zip(references, outputs, strict=True)
+    ]
+    return float(torch.cat(ratios).mean())
+
+
+def _first(output: Any) -> Tensor:
+    result: Tensor = output[0] if isinstance(output, (tuple, list)) else output
+    return result
+
+
+def _resume(file: Path, identity: str) -> dict[str, float]:
+    if not file.exists():
+        return {}
+    stored = read_json(file)
+    if stored.get("identity") != identity:
+        raise CheckpointError(
+            f"{file} belongs to another model, config or calibration set; delete it or pass another checkpoint_dir"
+        )
+    errors = stored.get("errors")
+    if not isinstance(errors, dict) or not all(isinstance(value, float) for value in errors.values()):
+        raise CheckpointError(f"{file}: 'errors' is {json.dumps(errors)[:60]}, want a number a unit; delete the file")
+    return dict(errors)
+
+
+@contextmanager
+def _modes_restored(graph_module: fx.GraphModule) -> Iterator[None]:
+    modes = {name: module.mode for name, module in graph_module.named_modules() if hasattr(module, "mode")}
+    try:
+        yield
+    finally:
+        for name, mode in modes.items():
+            graph_module.get_submodule(name).mode = mode

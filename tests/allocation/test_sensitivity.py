@@ -1,0 +1,85 @@
+"""What quantizing each unit alone costs: exact figures, order, resumption."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import UNet2DModel
+
+import qdiff_fx
+from qdiff_fx.allocation import sensitivity as module
+from qdiff_fx.allocation.sensitivity import PROGRESS_FILE, spearman
+from qdiff_fx.allocation.units import input_units, weight_units
+from qdiff_fx.calibration import CalibrationSet
+from qdiff_fx.errors import CheckpointError
+from qdiff_fx.fake_quantize import QuantizerMode
+from qdiff_fx.model import PreparedUNet
+from qdiff_fx.passes.analysis import blocks
+
+
+def test_every_unit_is_measured_once_worst_first(prepared: PreparedUNet, data: CalibrationSet) -> None:
+    report = qdiff_fx.sensitivity(prepared, data, samples=16)
+    counts = {kind: len(report.worst(kind, 10**6)) for kind in ("weight", "input", "attention", "block")}
+    graph_module = prepared.graph_module
+    assert counts["weight"] == len(weight_units(graph_module))
+    assert counts["input"] == len(input_units(graph_module))
+    assert counts["attention"] > 0
+    assert counts["block"] == len(list(blocks(graph_module)))
+    errors = [row.error for row in report.rows]
+    assert errors == sorted(errors, reverse=True)
+    assert report.samples == 16
+    assert "weight" in str(report)
+    # 8-bit inputs and 4-bit weights of a random net: ranks agree clearly, if not perfectly.
+    assert report.rank_correlation["weight"] > 0.8
+
+
+def test_a_figure_is_what_quantizing_the_unit_alone_does(prepared: PreparedUNet, data: CalibrationSet) -> None:
+    report = qdiff_fx.sensitivity(prepared, data, samples=len(data))
+    unit = weight_units(prepared.graph_module)[3]
+    args, kwargs = data.gather(torch.arange(len(data)))
+    with torch.no_grad():
+        reference = prepared.set_mode(QuantizerMode.PASS)(*args, **kwargs).sample
+        unit.quantizer.mode = QuantizerMode.QUANTIZE
+        error = prepared(*args, **kwargs).sample - reference
+    expected = (error.square().flatten(1).sum(1) / reference.square().flatten(1).sum(1)).mean()
+    row = next(row for row in report.rows if row.kind == "weight" and row.name == unit.name)
+    assert row.error == pytest.approx(float(expected), rel=1e-3)  # sums in another order and batch
+
+
+def test_an_uncalibrated_model_is_observed_first(unet: UNet2DModel, data: CalibrationSet) -> None:
+    prepared = qdiff_fx.prepare(unet)
+    assert qdiff_fx.sensitivity(prepared, data, samples=8).rows[0].error > 0.0
+
+
+def test_a_killed_run_goes_on_where_it_was(
+    prepared: PreparedUNet, data: CalibrationSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = qdiff_fx.sensitivity(prepared, data, samples=8)
+    calls = 0
+    original = module._error
+
+    def dies_later(*arguments: Any) -> float:
+        nonlocal calls
+        calls += 1
+        if calls > 25:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    monkeypatch.setattr(module, "_error", dies_later)
+    with pytest.raises(KeyboardInterrupt):
+        qdiff_fx.sensitivity(prepared, data, samples=8, checkpoint_dir=tmp_path)
+    calls = -(10**6)
+    assert qdiff_fx.sensitivity(prepared, data, samples=8, checkpoint_dir=tmp_path) == whole
+    assert calls + 10**6 == len(whole.rows) - 20  # figures are written ten at a time
+
+
+def test_figures_of_another_run_are_refused(prepared: PreparedUNet, data: CalibrationSet, tmp_path: Path) -> None:
+    qdiff_fx.sensitivity(prepared, data, samples=8, checkpoint_dir=tmp_path)
+    with pytest.raises(CheckpointError, match=PROGRESS_FILE):
+        qdiff_fx.sensitivity(prepared, data, samples=4, checkpoint_dir=tmp_path)
+
+
+def test_rank_correlation_is_spearmans() -> None:
+    assert spearman([1.0, 2.0, 3.0, 4.0], [10.0, 30.0, 20.0, 40.0]) == pytest.approx(0.8)
+    assert spearman([1.0, 2.0, 3.0], [3.0, 2.0, 1.0]) == pytest.approx(-1.0)
