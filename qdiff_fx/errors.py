@@ -33,6 +33,10 @@ class CalibrationError(QDiffError, RuntimeError):
     """Calibration data is missing, empty or belongs to another model."""
 
 
+class QualityError(QDiffError, RuntimeError):
+    """The quantized output is ruined, and nobody said that this is accepted."""
+
+
 class ConversionError(QDiffError, RuntimeError):
     """A prepared model cannot be converted as asked."""
 

@@ -181,3 +181,35 @@ def test_an_unexpected_failure_is_one_line_and_status_1(
     monkeypatch.setattr("qdiff_fx.cli.report.write_report", fail)
     assert main(["report", str(tmp_path)]) == 1
     assert capsys.readouterr().err == "qdiff-fx report: RuntimeError: the sky fell (--debug shows where)\n"
+
+
+def test_a_ruined_model_is_not_written_until_it_is_accepted(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "ruined"
+    sizes = ["--steps", "5", "--timesteps", "3", "--samples", "4"]
+    command = ["quantize", str(model), "--preset", "w8a8", "--out", str(out), *sizes]
+    monkeypatch.setattr("qdiff_fx.stages.GUARD_DB", 1000.0)
+    assert main(command) == 1
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert "want 1000" in lines[-2]  # the guard's warning: figure, timestep, layers, setting
+    assert "repeat the command with --accept-quality" in lines[-1]
+    assert not out.exists()
+
+    def must_not_run(*arguments: object, **options: object) -> None:
+        raise AssertionError("the kept work must be taken")
+
+    monkeypatch.setattr("qdiff_fx.calibrate", must_not_run)
+    assert main([*command, "--accept-quality"]) == 0
+    assert (out / "plan.json").exists()
+    assert not json.loads((out / "calibration.json").read_text())["quality"]["accepted"]
+    assert not (tmp_path / "ruined.work").exists()
+
+
+def test_a_target_is_reached_on_the_command_line(model: Path, tmp_path: Path) -> None:
+    sizes = ["--steps", "5", "--timesteps", "3", "--samples", "20"]
+    out = tmp_path / "out"
+    assert main(["quantize", str(model), "--target-sqnr", "42", "--out", str(out), *sizes]) == 0
+    document = json.loads((out / "calibration.json").read_text())
+    assert document["quality"]["median_db"] > 41.0  # chosen on other samples of the same distribution
+    assert any(row["reason"].startswith("target:") for row in document["raises"])

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 
 from qdiff_fx.cli.parser import OneLineParser
-from qdiff_fx.errors import BackendError, CalibrationError, CheckpointError, ConfigError, InputError
+from qdiff_fx.errors import BackendError, CalibrationError, CheckpointError, ConfigError, InputError, QDiffWarning
 
 VERBS: Mapping[str, str] = {
     "demo": "everything on the bundled model: quantize, sample, measure, report.html",
@@ -56,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
+            warnings.simplefilter("always", QDiffWarning)
             warnings.showwarning = _show_warning  # type: ignore[assignment]
             module = importlib.import_module(f"qdiff_fx.cli.{verb}")
             module.run(module.parser().parse_args(arguments[1:]))

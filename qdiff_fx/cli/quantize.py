@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import shutil
 from argparse import Namespace
 from pathlib import Path
-from typing import Any
 
 import qdiff_fx
 from qdiff_fx.calibration import CalibrationSet
@@ -18,10 +20,11 @@ from qdiff_fx.cli.sources import (
     require_full_precision,
 )
 from qdiff_fx.config import QDiffConfig
+from qdiff_fx.errors import QualityError
 from qdiff_fx.report.documents import calibration_document, stored_bytes
 from qdiff_fx.report.inspection import inspect_prepared
-from qdiff_fx.report.tables import file_size
-from qdiff_fx.safe_io import write_json
+from qdiff_fx.report.tables import decibels, file_size
+from qdiff_fx.safe_io import read_json, tensor_bytes, write_json
 
 
 def parser() -> OneLineParser:
@@ -35,30 +38,97 @@ def parser() -> OneLineParser:
     result.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the quantized model")
     result.add_argument("--preset", default="w4a8", help="w8a8, w4a8 (default), w8a32, w4a32, w4a6 or w4a4")
     result.add_argument("--calibration", type=Path, metavar="SET", help="folder that qdiff-fx collect wrote")
+    result.add_argument("--reconstruction", choices=("fast", "balanced", "full"), help="learn rounding and steps")
+    result.add_argument("--target-sqnr", type=float, metavar="DB", help="raise layers until the output keeps so much")
+    result.add_argument("--accept-quality", action="store_true", help="write --out even if the output is ruined")
+    result.add_argument(
+        "--checkpoint-dir",
+        type=Path,
+        metavar="DIR",
+        help="where a killed or refused run continues from (OUT.work, removed when the model is written)",
+    )
     add_collect_arguments(result)
     add_source_arguments(result)
     return result
 
 
 def run(arguments: Namespace) -> None:
-    """Quantize and save; say how large the result is."""
-    config = QDiffConfig.preset(arguments.preset)
+    """Quantize and save; say how large the result is.
+
+    Raises: QualityError if the output is ruined and `--accept-quality` is not given; the work is kept.
+    """
+    config = QDiffConfig.preset(arguments.preset, target_sqnr=arguments.target_sqnr)
     source = require_full_precision(open_source(arguments.model, context=arguments.context))
-    data = _data(source, arguments)
+    work: Path = arguments.checkpoint_dir or arguments.out.with_name(arguments.out.name + ".work")
+    data = _data(source, arguments, work)
+    identity = _identity(source, config, data, arguments)
+    built = work / "built"
+    if not _is_of(built, identity):
+        _build(source, config, data, arguments, built, identity)
+    document = read_json(built / "calibration.json")
+    quality = document["quality"]
+    if not quality["accepted"] and not arguments.accept_quality:
+        raise QualityError(
+            f"nothing written to {arguments.out}: the output keeps {quality['pooled_db']:.1f} dB pooled, "
+            f"{quality['median_db']:.1f} dB in the median; try --target-sqnr 20 or --preset w8a8, "
+            f"or repeat the command with --accept-quality (the work is kept in {work})"
+        )
+    _publish(source, built, arguments.out)
+    if arguments.checkpoint_dir is None:
+        shutil.rmtree(work)
+    stored = document["sizes"][arguments.preset]
+    share = stored / document["sizes"]["fp32"]
+    print(
+        f"{arguments.out}: {arguments.preset.upper()}, {file_size(stored)}, {share:.3f} of fp32; output SQNR "
+        f"{decibels(quality['pooled_db'])} dB pooled, {decibels(quality['median_db'])} dB in the median"
+    )
+
+
+def _build(
+    source: Source, config: QDiffConfig, data: CalibrationSet, arguments: Namespace, folder: Path, identity: str
+) -> None:
+    """Everything up to a complete quantized folder, with the identity of the run written last."""
     prepared = qdiff_fx.prepare(source.unet, config)
-    report = qdiff_fx.calibrate(prepared, data)
+    preset = arguments.reconstruction
+    report = qdiff_fx.calibrate(
+        prepared,
+        data,
+        reconstruction=None if preset is None else qdiff_fx.ReconstructionConfig.preset(preset),
+        checkpoint_dir=folder.parent / "calibration-run",
+    )
     inspection = inspect_prepared(prepared)
     quantized = qdiff_fx.convert(prepared, release=True)
-    qdiff_fx.save(quantized, arguments.out)
-    copy_sampling_files(source, arguments.out)
-    stored = stored_bytes(arguments.out)
+    qdiff_fx.save(quantized, folder)
+    copy_sampling_files(source, folder)
+    stored = stored_bytes(folder)
     document = calibration_document(source.name, arguments.preset, report, inspection, quantized, stored)
-    write_json(arguments.out / "calibration.json", document)
-    share = stored / document["sizes"]["fp32"]
-    print(f"{arguments.out}: {arguments.preset.upper()}, {file_size(stored)}, {share:.3f} of fp32")
+    write_json(folder / "calibration.json", document | {"identity": identity})
 
 
-def _data(source: Source, arguments: Namespace) -> Any:
+def _publish(source: Source, built: Path, out: Path) -> None:
+    """Write what was built to `out`; a kill leaves the model that `out` held before."""
+    qdiff_fx.save(qdiff_fx.load(built, backend="reference"), out)
+    copy_sampling_files(source, out)
+    write_json(out / "calibration.json", read_json(built / "calibration.json"))
+
+
+def _is_of(folder: Path, identity: str) -> bool:
+    """Whether `folder` holds the finished result of this very run."""
+    file = folder / "calibration.json"
+    return file.exists() and read_json(file).get("identity") == identity
+
+
+def _identity(source: Source, config: QDiffConfig, data: CalibrationSet, arguments: Namespace) -> str:
+    """SHA-256 over everything that the result depends on."""
+    digest = hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode())
+    digest.update(f"{arguments.reconstruction} {data.fingerprint}".encode())
+    for name, tensor in source.unet.state_dict().items():
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor_bytes(tensor))
+    return digest.hexdigest()
+
+
+def _data(source: Source, arguments: Namespace, work: Path) -> CalibrationSet:
     if arguments.calibration is not None:
         return CalibrationSet.load(arguments.calibration)
     return source.collect(
@@ -68,4 +138,5 @@ def _data(source: Source, arguments: Namespace) -> Any:
         samples_per_timestep=arguments.samples,
         strategy=arguments.strategy,
         seed=arguments.seed,
+        path=work / "calibration",
     )

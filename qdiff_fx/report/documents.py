@@ -64,6 +64,9 @@ def calibration_document(
         "sizes": full_precision_sizes(inspection) | {preset: stored},
         "shortcuts": inspection.to_dict()["shortcuts"],
         "layers": layer_rows(inspection, quantized.lowering_report()),
+        "quality": report.quality,
+        "factors": list(report.factors),
+        "raises": list(report.raises),
         "total_seconds": report.seconds,
     }
 
