@@ -48,7 +48,7 @@ from qdiff_fx.passes.convert import CONVERT
 from qdiff_fx.passes.prepare import PREPARE
 from qdiff_fx.reconstruction import BlockResult, ReconstructionConfig, reconstruct
 from qdiff_fx.safe_io import tensor_bytes
-from qdiff_fx.stages import decide, guard, hold_out, measure_quality, meet_target
+from qdiff_fx.stages import decide, equalize_attentions, guard, hold_out, measure_quality, meet_target
 
 logger = logging.getLogger(__name__)
 
@@ -137,6 +137,7 @@ def calibrate(
     config = prepared.qdiff_config
     data, held = hold_out(data, holdout, config.seed)
     reset(prepared.graph_module)
+    folded = equalize_attentions(prepared, data)
     prepared.set_mode(QuantizerMode.OBSERVE)
     observe(
         prepared,
@@ -168,7 +169,7 @@ def calibrate(
         quantizers=tuple(quantizer_rows(prepared.graph_module)),
         layers=tuple(layer_rows(prepared.graph_module)),
         reconstruction=tuple(block.to_dict() for block in blocks),
-        factors=tuple(asdict(choice) for choice in decisions.factors),
+        factors=tuple(asdict(choice) for choice in (*folded, *decisions.factors)),
         raises=tuple(item.to_dict() for item in raises),
         quality={
             "samples": len(held),

@@ -11,6 +11,7 @@ from typing import Any
 from torch import fx
 
 from qdiff_fx.allocation.allocate import allocate
+from qdiff_fx.allocation.attention_factors import fold_attention_factors
 from qdiff_fx.allocation.channel_factors import FactorChoice, choose_channel_factors
 from qdiff_fx.allocation.estimate import ErrorEstimate, estimate_errors
 from qdiff_fx.allocation.target import ranked_raises, reach_target
@@ -61,6 +62,13 @@ def hold_out(data: CalibrationSet, holdout: CalibrationSet | None, seed: int) ->
         )
         return data, data
     return data.split(HOLDOUT_SHARE, seed=seed)
+
+
+def equalize_attentions(prepared: PreparedUNet, data: CalibrationSet) -> tuple[FactorChoice, ...]:
+    """Fold channel factors of attention operands into their projections, before anything is observed."""
+    if not prepared.qdiff_config.equalize:
+        return ()
+    return fold_attention_factors(prepared.graph_module, prepared.signature, data, seed=prepared.qdiff_config.seed)
 
 
 def decide(prepared: PreparedUNet, data: CalibrationSet, *, progress: bool | None) -> Decisions:

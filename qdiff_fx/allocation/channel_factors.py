@@ -44,12 +44,14 @@ class FactorChoice:
       exponent: a of the winning factor, None for "off".
       shifted: whether 4-bit weights take part of the factor as shifts.
       gain_db: how much lower the layers' relative output error is than without factors.
+      reason: why nothing was tried, "" where it was.
     """
 
     layers: tuple[str, ...]
     exponent: float | None
     shifted: bool
     gain_db: float
+    reason: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
