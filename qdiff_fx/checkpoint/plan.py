@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from qdiff_fx.checkpoint.layout import fold, unfold
 from qdiff_fx.checkpoint.model import StoredModel
 from qdiff_fx.checkpoint.operands import check_operands
 from qdiff_fx.config import QDiffConfig
@@ -28,7 +29,9 @@ from qdiff_fx.graph.stored_signature import (
     encode_structure,
 )
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_LONG_VERSION = 1
+"""The version whose file is the plan as it is read: no rows, no tables."""
 
 _LARGEST = 2**31
 
@@ -81,10 +84,25 @@ def encode_plan(
 
 
 def seal_plan(plan: Mapping[str, Any]) -> bytes:
-    """The file's bytes, with a digest over everything else in it; a line a node and a tensor."""
-    sealed = {**plan, "digest": plan_digest(plan)}
-    lines = [f"{_compact(key)}: {_broken(value)}" for key, value in sealed.items()]
+    """The file's bytes, with a digest over everything else in it; a line a node and a module's tensors."""
+    stored = fold(plan) if plan.get("format_version") == FORMAT_VERSION else plan
+    sealed = {**stored, "digest": plan_digest(stored)}
+    lines = [f"{_compact(key)}:{_broken(value)}" for key, value in sealed.items()]
     return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
+
+
+def open_plan(stored: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The plan in a file of any version, as `encode_plan` makes it.
+
+    Raises: CheckpointError unless it is of a version that this library reads, whole, and spelled as `seal_plan` does.
+    """
+    _check_version(stored, where)
+    if stored["format_version"] == _LONG_VERSION:
+        return dict(stored)
+    plan = unfold(stored, where)
+    if plan_digest(fold(plan)) != stored["digest"]:  # the digest covers the order of keys too
+        refuse(where, "is spelled in another way than qdiff_fx writes it")
+    return plan
 
 
 def plan_digest(plan: Mapping[str, Any]) -> str:
@@ -92,12 +110,11 @@ def plan_digest(plan: Mapping[str, Any]) -> str:
     return hashlib.sha256(_compact({key: plan[key] for key in plan if key != "digest"}).encode()).hexdigest()
 
 
-def check_version(plan: Mapping[str, Any], where: str) -> None:
-    """Raise CheckpointError unless the plan is of this format version and whole."""
+def _check_version(plan: Mapping[str, Any], where: str) -> None:
     version = plan.get("format_version")
-    if type(version) is not int or version != FORMAT_VERSION:
+    if type(version) is not int or version not in (_LONG_VERSION, FORMAT_VERSION):
         raise CheckpointError(
-            f"{where}: format_version={version!r:.60}, want {FORMAT_VERSION}; "
+            f"{where}: format_version={version!r:.60}, want {_LONG_VERSION} or {FORMAT_VERSION}; "
             f"load it with the version of qdiff_fx that wrote it, or save the model again"
         )
     if plan.get("digest") != plan_digest(plan):
@@ -250,5 +267,5 @@ def _broken(value: Any) -> str:
     if isinstance(value, list) and value:
         return "[\n" + ",\n".join(_compact(item) for item in value) + "\n]"
     if isinstance(value, dict) and value:
-        return "{\n" + ",\n".join(f"{_compact(key)}: {_compact(item)}" for key, item in value.items()) + "\n}"
+        return "{\n" + ",\n".join(f"{_compact(key)}:{_compact(item)}" for key, item in value.items()) + "\n}"
     return _compact(value)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from qdiff_fx.checkpoint.model import StoredModel
-from qdiff_fx.checkpoint.plan import TensorEntry, check_version, decode_entries, decode_model
+from qdiff_fx.checkpoint.plan import TensorEntry, decode_entries, decode_model, open_plan
 from qdiff_fx.checkpoint.writer import PLAN_FILE, SHARD_NAME
 from qdiff_fx.errors import CheckpointError
 from qdiff_fx.graph.record import Record, refuse
@@ -24,9 +24,7 @@ def read_model(folder: Path, device: torch.device) -> StoredModel:
     path = path_inside(folder, PLAN_FILE)
     if not path.is_file():
         raise CheckpointError(f"{folder}: holds no {PLAN_FILE}; want a folder that qdiff_fx.save wrote")
-    plan = read_json(path)
-    check_version(plan, str(path))
-    record = Record(plan, str(path))
+    record = Record(open_plan(read_json(path), str(path)), str(path))
     files = _open_shards(folder, record)
     tensors: dict[str, Tensor] = {}
     entries = decode_entries(record, len(files))

@@ -16,10 +16,12 @@ import torch
 from torch import nn
 
 from qdiff_fx.checkpoint import StoredModel, read_model, write_model
+from qdiff_fx.checkpoint.plan import FORMAT_VERSION
 from qdiff_fx.errors import CheckpointError
 from qdiff_fx.graph.edit import get_tensor, set_tensor
 
 CPU = torch.device("cpu")
+GOLDEN_OF_TODAY = Path(__file__).parents[1] / "golden" / f"v{FORMAT_VERSION}"
 
 
 @pytest.fixture
@@ -42,9 +44,16 @@ def _files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "call.safetensors"}
 
 
-def test_what_was_read_is_written_byte_for_byte(old: StoredModel, folder: Path, tmp_path: Path) -> None:
+def test_what_was_read_is_written_byte_for_byte(tmp_path: Path) -> None:
+    write_model(read_model(GOLDEN_OF_TODAY, CPU), tmp_path / "copy")
+    assert _files(tmp_path / "copy") == _files(GOLDEN_OF_TODAY)
+
+
+def test_a_file_of_the_first_version_is_written_as_one_of_today(old: StoredModel, tmp_path: Path) -> None:
     write_model(old, tmp_path / "copy")
-    assert _files(tmp_path / "copy") == _files(folder)
+    again = read_model(tmp_path / "copy", CPU)
+    assert again.plan.code == old.plan.code and replace(again, plan=old.plan) == old
+    assert f'"format_version":{FORMAT_VERSION},' in (tmp_path / "copy" / "plan.json").read_text()
 
 
 def test_tensors_are_equal_and_parameters_stay_parameters(old: StoredModel, tmp_path: Path) -> None:
