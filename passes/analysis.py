@@ -15,6 +15,7 @@ from qdiff_fx.graph.signature import CallSignature
 aten = torch.ops.aten
 
 _SCALING = (aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor, aten.sub.Tensor, aten.mul.Scalar, aten.rsub.Scalar)
+_JOINING = (aten.add.Tensor, aten.sub.Tensor, aten.rsub.Tensor)
 _CARRYING = (
     *RANGE_KEEPING,
     aten.cat.default,
@@ -30,15 +31,20 @@ _CARRYING = (
 
 
 def reads_sample(node: fx.Node, signature: CallSignature) -> bool:
-    """Whether `node` is the noisy sample itself: moved, joined, padded or scaled by constants, but not yet mixed."""
+    """Whether `node` is the noisy sample itself: moved, joined, padded or scaled, but not yet mixed.
+
+    It may be scaled by constants and by what the noise level alone decides, as in c_in(sigma) * x (EDM, table 1).
+    """
     pending = [node]
     while pending:
         current = pending.pop()
         if current.op == "placeholder":
             if current.name == signature.sample:
                 return True
-        elif current.target in _CARRYING or _scales_by_constant(current):
+        elif current.target in _CARRYING:
             pending.extend(current.all_input_nodes)
+        else:
+            pending.extend(_scaled(current, signature))
     return False
 
 
@@ -57,12 +63,15 @@ def depends_on_sample(node: fx.Node, signature: CallSignature) -> bool:
     return False
 
 
-def output_layers(graph: fx.Graph) -> tuple[fx.Node, ...]:
-    """The layers that make the first output: reached backwards through range-keeping operators, scaling and adds."""
-    return tuple(dict.fromkeys(_output_layers(graph)))
+def output_layers(graph: fx.Graph, signature: CallSignature) -> tuple[fx.Node, ...]:
+    """The layers that make the first output: reached backwards through range-keeping operators, scaling and adds.
+
+    An add counts if it joins the parts of a split, or if its other side is the sample: c_skip * x + c_out * y.
+    """
+    return tuple(dict.fromkeys(_output_layers(graph, signature)))
 
 
-def _output_layers(graph: fx.Graph) -> Iterator[fx.Node]:
+def _output_layers(graph: fx.Graph, signature: CallSignature) -> Iterator[fx.Node]:
     outputs = graph.output_node().args[0]
     first = outputs[0] if isinstance(outputs, (tuple, list)) else outputs
     pending = [first] if isinstance(first, fx.Node) else []
@@ -70,12 +79,31 @@ def _output_layers(graph: fx.Graph) -> Iterator[fx.Node]:
         current = pending.pop()
         if current.target in LAYER_OPERATORS:
             yield current
-        elif current.target in _CARRYING or _scales_by_constant(current) or SPLIT_ADD.get(current):
+        elif current.target in _CARRYING or SPLIT_ADD.get(current):
             pending.extend(current.all_input_nodes)
+        elif scaled := _scaled(current, signature):
+            pending.extend(scaled)
+        elif current.target in _JOINING:
+            others = [item for item in current.all_input_nodes if not reads_sample(item, signature)]
+            pending.extend(others if len(others) == 1 else [])
 
 
-def _scales_by_constant(node: fx.Node) -> bool:
-    return node.target in _SCALING and len(node.all_input_nodes) == 1
+def _scaled(node: fx.Node, signature: CallSignature) -> list[fx.Node]:
+    """The tensor that `node` scales or shifts by a constant or by a number of the noise level; [] for another node."""
+    if node.target not in _SCALING:
+        return []
+    scaled = [item for item in node.all_input_nodes if not _is_factor(item, signature)]
+    return scaled if len(scaled) == 1 else []
+
+
+def _is_factor(node: fx.Node, signature: CallSignature) -> bool:
+    """Whether `node` is at most one number a sample, and not made from the sample."""
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor):
+        return False
+    sizes = [str(size) for size in value.shape]  # by name: no guard on a dynamic size
+    one_number = set(sizes[1:]) <= {"1"} and (len(sizes) != 1 or sizes == ["1"])
+    return one_number and not depends_on_sample(node, signature)
 
 
 @dataclass(frozen=True, kw_only=True)

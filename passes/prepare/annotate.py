@@ -36,7 +36,7 @@ class AnnotatePolicies(GraphPass):
         config, names, refusals = context.config, _UniqueNames(), list[Refusal]()
         used: dict[LayerRule, None] = {}
         modified = False
-        outputs = output_layers(graph_module.graph)
+        outputs = output_layers(graph_module.graph, context.signature)
         for node in graph_module.graph.nodes:
             path = MODULE_PATH.get(node) or ""
             if (layer := layer_call(node)) is not None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 import qdiff_fx
 from qdiff_fx.graph.edit import get_tensor
@@ -29,6 +31,28 @@ def test_biases_and_norms_follow_scales_and_codes_do_not(preparer: Preparer, ske
         "sample": torch.bfloat16,
         "timestep": torch.float32,
     }
+
+
+@pytest.mark.parametrize("name", ["unconditional", "conditional"])
+def test_fake_values_tell_what_every_node_makes(preparer: Preparer, name: str, request: pytest.FixtureRequest) -> None:
+    unet = request.getfixturevalue(name)
+    plan = qdiff_fx.convert(preparer.fitted(unet), backend="reference", dtype=torch.bfloat16)
+    seen: dict[str, torch.dtype] = {}
+
+    class Watching(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            result = super().run_node(n)
+            if isinstance(result, Tensor):
+                seen[n.name] = result.dtype
+            return result
+
+    args, kwargs = calls_of(unet)[1]
+    with torch.no_grad():
+        Watching(plan.plan).run(*plan.signature.flatten(args, kwargs))
+    values = {node.name: node.meta["val"] for node in plan.plan.graph.nodes if node.name in seen}
+    assert {node: value.dtype for node, value in values.items()} == seen
+    sample = values[plan.signature.sample]
+    assert all(isinstance(sample.shape[axis], torch.SymInt) for axis in (0, 2, 3)), "sizes stay dynamic"
 
 
 def test_the_same_carrier_changes_nothing(preparer: Preparer, sketch: nn.Module) -> None:
