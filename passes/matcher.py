@@ -71,6 +71,14 @@ def product_of(node: fx.Node) -> Product | None:
     return None
 
 
+def factors_of(node: fx.Node) -> list[fx.Node]:
+    """What any kind of matrix product multiplies, even one that is no `Product`; [] for another node."""
+    args: Any = node.args
+    if node.target in (aten.matmul.default, aten.bmm.default, aten.mm.default):
+        return [args[0], args[1]]
+    return list(args[1]) if node.target is aten.einsum.default else []
+
+
 def permuted(graph: fx.Graph, node: fx.Node, order: Sequence[int], *, like: fx.Node) -> fx.Node:
     """`node` with its axes in `order`; no call where that changes nothing."""
     if list(order) == list(range(len(order))):

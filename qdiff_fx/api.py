@@ -30,6 +30,7 @@ from qdiff_fx.calibration.driver import (
     quantizer_rows,
     reset,
 )
+from qdiff_fx.calibration.provenance import check_scheduler, noise_process
 from qdiff_fx.calibration.report import CalibrationReport
 from qdiff_fx.checkpoint import DEFAULT_SHARD_BYTES
 from qdiff_fx.config import QDiffConfig
@@ -105,6 +106,7 @@ def calibrate(
     reconstruction: ReconstructionConfig | None = None,
     checkpoint_dir: str | Path | None = None,
     holdout: CalibrationSet | None = None,
+    scheduler: Any = None,
     batch_size: int = 32,
     progress: bool | None = None,
 ) -> CalibrationReport:
@@ -120,6 +122,8 @@ def calibrate(
       reconstruction: learn weight rounding and activation steps block by block, e.g.
         `ReconstructionConfig.preset("fast")`; None keeps rounding to nearest and the observers' steps.
       holdout: samples to measure quality on; None sets a seeded tenth of `data` aside.
+      scheduler: the diffusers scheduler that the model will sample with; a set that was collected with another noise
+        process (betas, prediction type) is refused. None does not check: a network alone has no scheduler.
       checkpoint_dir: where the observation and each finished block are kept, so that a killed run continues.
       batch_size: rows a forward pass.
       progress: show progress bars; None does so on a terminal.
@@ -133,6 +137,8 @@ def calibrate(
     if not isinstance(data, CalibrationSet):
         data = CalibrationSet.from_samples(list(data))
     check_data(data, prepared.signature, dict(prepared.config))
+    if scheduler is not None:
+        check_scheduler(data.metadata, scheduler)
     started = time.monotonic()
     config = prepared.qdiff_config
     data, held = hold_out(data, holdout, config.seed)
@@ -165,6 +171,7 @@ def calibrate(
         samples=len(data),
         timesteps=data.timesteps,
         fingerprint=data.fingerprint,
+        scheduler=noise_process(data.metadata.get("scheduler") or {}),
         seconds=time.monotonic() - started,
         quantizers=tuple(quantizer_rows(prepared.graph_module)),
         layers=tuple(layer_rows(prepared.graph_module)),

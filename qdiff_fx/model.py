@@ -19,6 +19,7 @@ from qdiff_fx.errors import BackendError, InputError
 from qdiff_fx.fake_quantize import NoiseLevel, QuantizerMode, set_mode
 from qdiff_fx.graph.outputs import OutputStructure
 from qdiff_fx.graph.signature import CallSignature
+from qdiff_fx.graph.skeleton import build_skeleton, readable
 from qdiff_fx.graph.tokens import set_device
 from qdiff_fx.kernels import select_backend
 from qdiff_fx.lowering import LoweringReport, lower
@@ -45,6 +46,8 @@ class GraphUNet(ModelMixin, ConfigMixin):
 
     config_name = "config.json"  # type: ignore[assignment]
     qdiff_stage = ""
+    original_class: str
+    """Name of the class that the graph was captured from."""
 
     def __init__(
         self,
@@ -61,14 +64,28 @@ class GraphUNet(ModelMixin, ConfigMixin):
         self.register_to_config(**{key: value for key, value in model_config.items() if not key.startswith("_")})  # type: ignore[no-untyped-call]
 
     def __getattr__(self, name: str) -> Any:
-        # ModelMixin serves config entries with a deprecation warning; pipelines read unet.in_channels and the like.
+        # ModelMixin serves config entries with a deprecation warning; pipelines read unet.in_channels and the like, and
+        # parts of the original, such as unet.add_embedding.linear_1.in_features.
         try:
             return torch.nn.Module.__getattr__(self, name)
         except AttributeError:
             config = self.__dict__.get("_internal_dict", {})
             if name in config:
                 return config[name]
+            try:
+                return readable(self._skeleton(), name)
+            except AttributeError:
+                pass
             raise
+
+    def _skeleton(self) -> torch.nn.Module | None:
+        """The original without weights, built at the first read; no submodule of this one."""
+        if "original_class" not in self.__dict__:  # still in __init__
+            return None
+        if "_original" not in self.__dict__:
+            self.__dict__["_original"] = build_skeleton(self.original_class, dict(self.config))
+        found: torch.nn.Module | None = self.__dict__["_original"]
+        return found
 
     def run(self, inputs: tuple[Tensor, ...]) -> Any:
         """The graph's outputs for flat inputs."""
@@ -121,6 +138,7 @@ class PreparedUNet(GraphUNet):
     ) -> None:
         super().__init__(**shell)
         self.graph_module = graph_module
+        self.original_class = type(graph_module).__name__
         self.qdiff_config = qdiff_config
         self.noise_level = noise_level
         self.pass_results = pass_results
@@ -168,6 +186,7 @@ class QuantizedUNet(GraphUNet):
         super().__init__(**shell)
         self.qdiff_config = qdiff_config
         self.plan = plan
+        self.original_class = type(plan).__name__
         self.requested_backend, self.strict = backend, strict
         self.calibration = dict(calibration or {})
         self._compiled: Callable[..., Any] | None = None
@@ -188,7 +207,9 @@ class QuantizedUNet(GraphUNet):
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "lowered": None, "_compiled": None}
+        state = {**self.__dict__, "lowered": None, "_compiled": None}
+        state.pop("_original", None)
+        return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -67,6 +68,39 @@ def test_config_dtype_device_and_attributes_are_the_originals(
         ).items()
         with pytest.raises(AttributeError, match="no attribute 'imaginary'"):
             model.imaginary  # noqa: B018
+
+
+def test_parts_of_the_original_can_be_read_but_not_reached(
+    conditional: nn.Module, preparer: Preparer, quantized_conditional: qdiff_fx.QuantizedUNet, tmp_path: Path
+) -> None:
+    """As SDXL's pipeline reads unet.add_embedding.linear_1.in_features."""
+    qdiff_fx.save(quantized_conditional, tmp_path)
+    loaded = qdiff_fx.load(tmp_path, backend="reference")
+    for model in (preparer(conditional), quantized_conditional, loaded, copy.deepcopy(quantized_conditional)):
+        names = set(model.state_dict())
+        assert model.time_embedding.linear_1.in_features == conditional.time_embedding.linear_1.in_features
+        assert model.conv_in.weight.is_meta and model.encoder_hid_proj is None
+        assert set(model.state_dict()) == names and not any(item.is_meta for item in model.parameters())
+        with pytest.raises(AttributeError, match="set_attn_processor"):
+            model.set_attn_processor  # noqa: B018
+
+
+def test_a_foreign_module_has_no_skeleton(preparer: Preparer, sketch: nn.Module) -> None:
+    quantized = qdiff_fx.convert(preparer.fitted(sketch), backend="reference")
+    with pytest.raises(AttributeError, match="stem"):
+        quantized.stem  # noqa: B018
+
+
+def test_conditions_of_another_batch_are_refused(
+    conditional: nn.Module, preparer: Preparer, quantized_conditional: qdiff_fx.QuantizedUNet, tmp_path: Path
+) -> None:
+    qdiff_fx.save(quantized_conditional, tmp_path)
+    loaded = qdiff_fx.load(tmp_path, backend="reference")
+    assert loaded.signature == quantized_conditional.signature
+    for model in (preparer(conditional), quantized_conditional, loaded):
+        for rows in (1, 2):
+            with pytest.raises(InputError, match=rf"encoder_hidden_states: {rows} rows for a batch of 4; repeat it"):
+                model(_noise(4), 3, encoder_hidden_states=torch.randn(rows, 7, CONTEXT))
 
 
 # ------------------------------------------------------------------------------------- in samplers

@@ -10,8 +10,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from qdiff_fx.errors import InputError
+from qdiff_fx.errors import CalibrationError, InputError
 from qdiff_fx.safe_io import tensor_bytes
+
+_NOISE_PROCESS = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "rescale_betas_zero_snr",
+    "prediction_type",
+    "shift",
+)
 
 
 def describe(owner: Any) -> dict[str, Any]:
@@ -23,6 +34,26 @@ def describe(owner: Any) -> dict[str, Any]:
     items = config.items() if isinstance(config, Mapping) else ()
     plain = {str(key): _plain(value) for key, value in items if not str(key).startswith("_")}
     return {"class": type(owner).__name__, "config": plain}
+
+
+def noise_process(scheduler: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a described scheduler's config that the model was trained with, whatever the sampler."""
+    config = scheduler.get("config") or {}
+    return {key: config[key] for key in _NOISE_PROCESS if key in config}
+
+
+def check_scheduler(metadata: Mapping[str, Any], scheduler: Any) -> None:
+    """Raise CalibrationError if data with this metadata was collected with another noise process than `scheduler`'s.
+
+    Nothing is known, and nothing checked, of data that was recorded or given as a list.
+    """
+    recorded = noise_process(metadata.get("scheduler") or {})
+    for key, wanted in noise_process(describe(scheduler)).items():
+        if key in recorded and recorded[key] != wanted:
+            raise CalibrationError(
+                f"the calibration set was collected with another scheduler: {key}={recorded[key]!r} there, {wanted!r} "
+                f"in this {type(scheduler).__name__}; collect it with the scheduler that the model samples with"
+            )
 
 
 def weights_fingerprint(module: nn.Module) -> str:

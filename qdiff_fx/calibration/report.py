@@ -14,6 +14,7 @@ class CalibrationReport:
       samples: rows that were observed.
       timesteps: distinct noise levels among them, ascending.
       fingerprint: SHA-256 of the calibration set.
+      scheduler: noise process that the set was collected with; {} where the set does not tell.
       seconds: wall time.
       quantizers: a row an activation quantizer: name, bits, scale, zero_point, minimum, maximum, channel_maxima,
         by_timestep ([timestep, minimum, maximum] each).
@@ -34,6 +35,7 @@ class CalibrationReport:
     factors: tuple[dict[str, Any], ...] = ()
     raises: tuple[dict[str, Any], ...] = ()
     quality: dict[str, Any] = field(default_factory=dict)
+    scheduler: dict[str, Any] = field(default_factory=dict)
 
     def summary(self) -> dict[str, Any]:
         """What goes into a saved model's plan."""
@@ -42,6 +44,7 @@ class CalibrationReport:
             "samples": self.samples,
             "timesteps": list(self.timesteps),
             "fingerprint": self.fingerprint,
+            "scheduler": self.scheduler,
             "maxima": maxima,
             "raises": list(self.raises),
             "quality": self.quality,

@@ -61,6 +61,7 @@ all.dim any.default any.dim topk.default sort.default
 _SHAPES = """
 view.default reshape.default _unsafe_view.default view_as.default reshape_as.default flatten.using_ints
 unflatten.int permute.default transpose.int t.default numpy_T.default movedim.int movedim.intlist swapaxes.default
+mT.default mH.default
 squeeze.default squeeze.dim squeeze.dims squeeze_.dim unsqueeze.default unsqueeze_.default expand.default
 expand_as.default repeat.default tile.default repeat_interleave.self_int broadcast_to.default cat.default
 concat.default concatenate.default stack.default hstack.default vstack.default chunk.default split.Tensor

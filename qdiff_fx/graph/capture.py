@@ -157,13 +157,14 @@ def _module_path(node: fx.Node) -> str:
 
 def _with_dynamic_shapes(graph_module: fx.GraphModule, signature: CallSignature) -> CallSignature:
     """The signature with None where the captured graph takes any size."""
-    placeholders = {node.name: node for node in graph_module.graph.nodes if node.op == "placeholder"}
+    shapes = {node.name: node.meta["val"].shape for node in graph_module.graph.nodes if node.op == "placeholder"}
+    batch = next(iter(shapes[signature.sample]), None)
     inputs = tuple(
         replace(
             item,
-            shape=tuple(
-                None if free_symbols(size) else int(size) for size in placeholders[item.name].meta["val"].shape
-            ),
+            shape=tuple(None if free_symbols(size) else int(size) for size in shapes[item.name]),
+            # By name: to ask two dynamic sizes whether they are equal would make them so.
+            batched=bool(shapes[item.name]) and bool(free_symbols(batch)) and str(shapes[item.name][0]) == str(batch),
         )
         for item in signature.inputs
     )

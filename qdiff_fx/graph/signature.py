@@ -26,6 +26,8 @@ class GraphInput:
     dtype: torch.dtype
     shape: tuple[int | None, ...]
     """None marks a dynamic dimension."""
+    batched: bool = False
+    """Whether the first dimension is the sample's batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +96,11 @@ class CallSignature:
                     f"{item.name}: shape {tuple(value.shape)}, want {wanted} in dimension {axis} as at prepare(); "
                     f"this model was captured for that width"
                 )
+        if item.batched and value.shape[0] != sample.shape[0]:
+            raise InputError(
+                f"{item.name}: {value.shape[0]} rows for a batch of {sample.shape[0]}; "
+                f"repeat it to one for each row of {self.sample} (with guidance, both branches count)"
+            )
         return value.to(dtype=item.dtype) if value.is_floating_point() else value
 
     def unflatten(self, inputs: Sequence[Any]) -> dict[str, Any]:

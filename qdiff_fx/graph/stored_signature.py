@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import fx
@@ -87,11 +88,15 @@ def decode_signature(value: Any, where: str) -> tuple[CallSignature, Shapes, dic
         refuse(record.at("structure"), f"holds inputs {leaves!r:.60}, want each of {', '.join(shapes)} once")
     if len(set(parameters)) != len(parameters) or any(item.argument not in structure for item in inputs):
         refuse(record.at("parameters"), "want each once, and one for every input")
+    sample = _one_of(record.raw("sample"), shapes, record.at("sample"))
+    batch = next(iter(shapes[sample]), None)
     signature = CallSignature(
-        inputs=tuple(inputs),
+        inputs=tuple(
+            replace(item, batched=isinstance(batch, str) and shapes[item.name][:1] == [batch]) for item in inputs
+        ),
         parameters=parameters,
         structure=structure,
-        sample=_one_of(record.raw("sample"), shapes, record.at("sample")),
+        sample=sample,
         timestep=_optional(record.raw("timestep"), shapes, record.at("timestep")),
         size_multiple=record.integer("size_multiple", 1, 2**16),
     )

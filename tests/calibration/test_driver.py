@@ -8,7 +8,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from torch import nn
 
 import qdiff_fx
@@ -202,6 +202,29 @@ def test_a_set_that_was_collected_from_another_config_is_refused(preparer: Prepa
     )
     with pytest.raises(CalibrationError, match="from another model: norm_num_groups=2 there, 4 here; collect it from"):
         qdiff_fx.calibrate(preparer(unconditional), data, progress=False)
+
+
+def test_a_set_of_another_scheduler_is_refused(preparer: Preparer, unconditional: nn.Module) -> None:
+    data = CalibrationSet.collect(
+        unconditional,
+        scheduler=DDIMScheduler(prediction_type="v_prediction"),
+        num_inference_steps=2,
+        num_timesteps=2,
+        samples_per_timestep=5,
+        progress=False,
+    )
+    prepared = preparer(unconditional, FAST)
+    message = (
+        "another scheduler: prediction_type='v_prediction' there, 'epsilon' in this DDIMScheduler; collect it with"
+    )
+    with pytest.raises(CalibrationError, match=message):
+        qdiff_fx.calibrate(prepared, data, scheduler=DDIMScheduler(), progress=False)
+    # Another sampler of the same noise process is welcome.
+    sampler = DPMSolverMultistepScheduler(prediction_type="v_prediction")
+    report = qdiff_fx.calibrate(prepared, data, scheduler=sampler, progress=False)
+    assert report.scheduler["prediction_type"] == "v_prediction"
+    quantized = qdiff_fx.convert(prepared, backend="reference")
+    assert quantized.calibration["scheduler"] == report.scheduler
 
 
 def test_an_empty_set_is_refused(preparer: Preparer, sketch: nn.Module) -> None:

@@ -85,6 +85,7 @@ SPELLINGS: dict[str, tuple[Attend, tuple[tuple[int, ...], ...]]] = {
         lambda q, k, v: torch.einsum("bij,bjd->bid", torch.einsum("bid,bjd->bij", q, k).softmax(-1), v),
         TOKENS,
     ),
+    "mT everywhere": (lambda q, k, v: (v.mT @ (q @ k.mT).softmax(-1).mT).mT, TOKENS),
     "dropout behind softmax": (
         lambda q, k, v: functional.dropout((q @ k.mT * SCALE).softmax(-1), 0.1, training=False) @ v,
         TOKENS,
@@ -118,6 +119,37 @@ def test_a_mask_on_the_left_and_one_of_minus_infinity_are_kept() -> None:
     mask = torch.zeros(5, 7, dtype=torch.float64).masked_fill(torch.rand(5, 7) > 0.7, -torch.inf)
     mask[:, 0] = 0.0
     run = _canonicalize(lambda q, k, v: (mask + q @ k.mT * SCALE).softmax(-1) @ v)
+    assert run.result.modified and run.error() < ROUNDING
+
+
+def _where(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    return torch.where(mask, q @ k.mT * SCALE, -torch.inf).softmax(-1) @ v
+
+
+FILLS: dict[str, Callable[..., Tensor]] = {
+    "masked_fill": lambda q, k, v, mask: (q @ k.mT * SCALE).masked_fill(~mask, -torch.inf).softmax(-1) @ v,
+    "masked_fill in place": lambda q, k, v, mask: (
+        torch.einsum("bid,bjd->bij", q, k).masked_fill_(~mask, -torch.finfo(q.dtype).max).softmax(-1) @ v
+    ),
+    "a large number": lambda q, k, v, mask: (q @ k.mT).masked_fill(mask.logical_not(), -1e18).softmax(-1) @ v,
+    "where": _where,
+    "where the other way": lambda q, k, v, mask: torch.where(~mask, -torch.inf, q @ k.mT).softmax(-1) @ v,
+}
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (1, 7), (2, 1, 7)], ids=str)
+@pytest.mark.parametrize("name", FILLS)
+def test_filled_scores_become_an_added_mask(name: str, shape: tuple[int, ...]) -> None:
+    mask = torch.rand(shape) > 0.4
+    mask[..., 0] = True
+    run = _canonicalize(FILLS[name], mask=mask)
+    assert run.result.modified and run.count("scaled_dot_product_attention") == 1
+    assert run.count("masked_fill_") == 0 and run.count("softmax") == 0
+    assert run.error() < ROUNDING
+
+
+def test_a_row_that_is_wholly_filled_by_a_finite_number_stays_the_mean_of_the_values() -> None:
+    run = _canonicalize(FILLS["masked_fill in place"], mask=torch.zeros(5, 7, dtype=torch.bool))
     assert run.result.modified and run.error() < ROUNDING
 
 
@@ -185,14 +217,24 @@ UNMATCHED: dict[str, tuple[Attend, tuple[tuple[int, ...], ...]]] = {
         TOKENS,
     ),
     "two-dimensional": (lambda q, k, v: (q[0] @ k[0].T).softmax(-1) @ v[0], TOKENS),
+    "a fill that is no mask": (lambda q, k, v: (q @ k.mT).masked_fill(q[..., :1] > 0, -9.0).softmax(-1) @ v, TOKENS),
+    "a fill before the scale": (
+        lambda q, k, v: ((q @ k.mT).masked_fill(q[..., :1] > 0, -torch.inf) * SCALE).softmax(-1) @ v,
+        TOKENS,
+    ),
+    "a fill and a mask": (
+        lambda q, k, v: (q @ k.mT + torch.ones(7)).masked_fill(q[..., :1] > 0, -1e30).softmax(-1) @ v,
+        TOKENS,
+    ),
 }
 
 
 @pytest.mark.parametrize("name", UNMATCHED)
-def test_other_shapes_of_computation_are_no_attention(name: str) -> None:
+def test_other_shapes_of_computation_are_no_attention_and_say_why(name: str) -> None:
     attend, shapes = UNMATCHED[name]
     run = _canonicalize(attend, *shapes)
     assert not run.result.modified and run.count("scaled_dot_product_attention") == 0
+    assert len(run.reasons) == (name != "no softmax"), run.reasons
 
 
 def test_two_attentions_in_a_row_both_become_canonical() -> None:
