@@ -30,6 +30,10 @@ EXPONENTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 SILENT = 2.0**-10
 """A channel that was silent in calibration counts as this share of the layer's median maximum."""
 
+WEIGHT_EMPHASIS = 8.0
+"""A weight's error acts alike at every sampling step and adds up, an input's differs and averages out: by end-point
+PSNR W8 alone costs 2 dB more than A8 alone though its SQNR is 8 dB better (docs/decisions/022)."""
+
 _SEARCHED_VALUES = 65536
 _COARSE_VALUES, _COARSE_RANGES, _COARSE_ROWS = 8192, 10, 3
 """While candidates are compared: values and clipping ranges searched, and every n-th row; the winner gets all."""
@@ -68,6 +72,34 @@ class _Candidate:
     factor: Tensor
     shift: Tensor | None
     exponent: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Errors:
+    """Relative output errors of the layers that read a tensor, summed over them.
+
+    Args:
+      joint: with input and weight quantized.
+      weight: with the weight quantized alone.
+    """
+
+    joint: float
+    weight: float
+
+    @classmethod
+    def of(
+        cls, readers: Sequence[Reader], targets: Sequence[Tensor], x: Tensor, rounded: Tensor, weights: Sequence[Tensor]
+    ) -> _Errors:
+        """Measure both for the input `x`, its rounded form and the quantized weights."""
+        return cls(
+            joint=_relative_error(readers, targets, rounded, weights),
+            weight=_relative_error(readers, targets, x, weights),
+        )
+
+    @property
+    def score(self) -> float:
+        """The joint error with its weight part emphasised."""
+        return self.joint + (WEIGHT_EMPHASIS - 1.0) * self.weight
 
 
 def choose_channel_factors(
@@ -150,12 +182,11 @@ def _choose(quantizer: ActivationQuantizer, readers: Sequence[Reader], x: Tensor
     axis = quantizer.channel_axis % x.ndim
     targets = [_output(reader.call, x, reader.weight) for reader in readers]
     plain = [reader.quantizer.quantized(reader.weight) for reader in readers]
-    off = _relative_error(
-        readers, targets, fake_quantize(x, quantizer.scale, quantizer.zero_point, quantizer.spec), plain
-    )
+    rounded_plain = fake_quantize(x, quantizer.scale, quantizer.zero_point, quantizer.spec)
+    off = _Errors.of(readers, targets, x, rounded_plain, plain)
     layers = tuple(LAYER.require(reader.call.node).name for reader in readers)
 
-    def judge(candidate: _Candidate, *, coarse: bool) -> tuple[float, QParams, list[WeightQuantizer]]:
+    def judge(candidate: _Candidate, *, coarse: bool) -> tuple[_Errors, QParams, list[WeightQuantizer]]:
         rows = slice(None, None, _COARSE_ROWS if coarse else 1)
         qparams = _fit_input(quantizer, candidate.factor, x[rows], axis, coarse=coarse)
         rounded = fake_quantize(
@@ -167,18 +198,18 @@ def _choose(quantizer: ActivationQuantizer, readers: Sequence[Reader], x: Tensor
         )
         fitted = [_fit_weight(reader, candidate, coarse=coarse) for reader in readers]
         weights = [item.quantized(reader.weight) for item, reader in zip(fitted, readers, strict=True)]
-        return _relative_error(readers, [y[rows] for y in targets], rounded, weights), qparams, fitted
+        return _Errors.of(readers, [y[rows] for y in targets], x[rows], rounded, weights), qparams, fitted
 
-    candidate = min(_candidates(quantizer, readers), key=lambda item: judge(item, coarse=True)[0])
-    error, qparams, fitted = judge(candidate, coarse=False)
-    if error >= off:
+    candidate = min(_candidates(quantizer, readers), key=lambda item: judge(item, coarse=True)[0].score)
+    errors, qparams, fitted = judge(candidate, coarse=False)
+    if errors.score >= off.score or errors.joint > off.joint:
         return FactorChoice(layers=layers, exponent=None, shifted=False, gain_db=0.0)
     quantizer.channel_factor = candidate.factor
     quantizer.set_qparams(qparams)
     for reader, item in zip(readers, fitted, strict=True):
         reader.quantizer.channel_factor, reader.quantizer.channel_shift = item.channel_factor, item.channel_shift
         reader.quantizer.scale, reader.quantizer.zero_point = item.scale, item.zero_point
-    gain = 10.0 * float(torch.log10(torch.tensor(off / max(error, 1e-30))))
+    gain = 10.0 * float(torch.log10(torch.tensor(off.joint / max(errors.joint, 1e-30))))
     return FactorChoice(layers=layers, exponent=candidate.exponent, shifted=candidate.shift is not None, gain_db=gain)
 
 

@@ -211,3 +211,39 @@ def _save(figure: Figure, path: Path) -> None:
     FigureCanvasAgg(figure)
     with replacing(path) as partial:
         figure.savefig(partial, format="png", dpi=_DPI, facecolor="white")
+
+
+def plot_slacks(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Both yardsticks over the slack that was spent, a column a kind of slack.
+
+    Args:
+      rows: dicts of "model", "ranking" ("estimate" or "exact"), "kind", "slack", "median_db" and "endpoint_db".
+    """
+    kinds = tuple(dict.fromkeys(row["kind"] for row in rows))
+    with mpl.rc_context(_STYLE):  # type: ignore[arg-type]
+        figure = Figure(figsize=(_SIZE[0] * max(1, len(kinds)), _SIZE[1]), layout="constrained")
+        for column, kind in enumerate(kinds):
+            axes = figure.add_subplot(1, len(kinds), column + 1)
+            axes.set_title(f"{kind} slack")
+            axes.set_xlabel("more bytes, %" if kind == "weight" else "multiplications in the carrier type, %")
+            axes.set_ylabel("dB against full precision")
+            curves: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+            for row in rows:
+                if row["kind"] == kind:
+                    curves.setdefault((row["model"], row["ranking"]), []).append(row)
+            for (model, ranking), points in curves.items():
+                colour = "ours" if ranking == "estimate" else "mse"
+                dashed = model != rows[0]["model"]
+                for name, marker in (("median_db", "o"), ("endpoint_db", "^")):
+                    axes.plot(
+                        [100 * point["slack"] for point in points],
+                        [point[name] for point in points],
+                        color=COLOURS[colour],
+                        marker=marker,
+                        markersize=4,
+                        linestyle="--" if dashed else "-",
+                        label=f"{model}, {ranking}: {'median SQNR' if marker == 'o' else 'end point'}",
+                    )
+            if column == 0:
+                axes.legend(fontsize=7)
+        _save(figure, path)
