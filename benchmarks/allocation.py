@@ -25,7 +25,7 @@ from qdiff_fx.report.machine import describe_machine
 from qdiff_fx.report.plots import plot_slacks
 from qdiff_fx.safe_io import read_json, write_bytes, write_json
 
-STEPS, IMAGES, SEED = 50, 32, 0
+STEPS, IMAGES, SEED = 50, 16, 0
 WEIGHT_SLACKS = (0.0, 0.01, 0.02, 0.04, 0.06, 0.10, 0.20)
 ACTIVATION_SLACKS = (0.0, 0.005, 0.01, 0.02, 0.05)
 DEFAULTS = {"weight_slack": 0.06, "activation_slack": 0.02}
