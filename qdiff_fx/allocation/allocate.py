@@ -13,6 +13,9 @@ from qdiff_fx.passes.prepare.raises import Raise
 
 RAISED_BITS = 8
 
+NEGLIGIBLE_SHARE = 1e-4
+"""A raise that removes less of the predicted error than this is not worth a line in the plan."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
@@ -58,11 +61,13 @@ def input_candidates(graph_module: fx.GraphModule, estimate: ErrorEstimate) -> t
 def choose(candidates: Sequence[Candidate], budget: float) -> tuple[Candidate, ...]:
     """Greedy knapsack: most predicted error removed a unit of cost first, as long as the budget holds.
 
-    What does not fit is passed over; ties keep execution order, so the result is deterministic.
+    What does not fit is passed over, and so is what removes a negligible share of the error, however cheap. Ties keep
+    execution order, so the result is deterministic.
     """
     chosen, spent = [], 0.0
+    negligible = NEGLIGIBLE_SHARE * sum(candidate.gain for candidate in candidates)
     for candidate in sorted(candidates, key=_by_density):
-        if candidate.gain > 0.0 and spent + candidate.cost <= budget:
+        if candidate.gain > max(0.0, negligible) and spent + candidate.cost <= budget:
             chosen.append(candidate)
             spent += candidate.cost
     return tuple(chosen)
