@@ -31,7 +31,7 @@ from qdiff_fx.calibration.driver import (
     reset,
 )
 from qdiff_fx.calibration.provenance import check_scheduler, noise_process
-from qdiff_fx.calibration.report import CalibrationReport
+from qdiff_fx.calibration.report import CalibrationReport, quality_line
 from qdiff_fx.checkpoint import DEFAULT_SHARD_BYTES
 from qdiff_fx.config import QDiffConfig
 from qdiff_fx.errors import ConfigError, ConversionError, InputError, NonFiniteError
@@ -342,7 +342,9 @@ def load(
       CheckpointError: for a missing, damaged or edited file, or another format version; names the file and field.
       BackendError: for an unknown or unavailable backend, or a fallback under `strict`.
     """
-    return QuantizedUNet.load(directory, backend, device=device, strict=strict)
+    quantized = QuantizedUNet.load(directory, backend, device=device, strict=strict)
+    logger.info("%s: %s", directory, quality_line(quantized.calibration))
+    return quantized
 
 
 def _check_prepare(unet: Any, config: Any) -> None:

@@ -80,6 +80,16 @@ def test_a_quantized_folder_can_be_inspected(quantized: Path, capsys: pytest.Cap
     assert any(node["dtype"] == "int8" for node in nodes)
 
 
+def test_a_quantized_folder_tells_its_quality_and_decisions(
+    quantized: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["inspect", str(quantized)]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"output SQNR on held-out inputs: [\d.]+ dB pooled, [\d.]+ dB in the median", out)
+    assert re.search(r"raised above the config: \d+", out)
+    assert "allocated:" in out
+
+
 def test_equal_seeds_give_nearly_equal_pictures_of_model_and_quantized(
     model: Path, quantized: Path, tmp_path: Path
 ) -> None:

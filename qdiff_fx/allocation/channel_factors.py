@@ -48,6 +48,7 @@ class FactorChoice:
       exponent: a of the winning factor, None for "off".
       shifted: whether 4-bit weights take part of the factor as shifts.
       gain_db: how much lower the layers' relative output error is than without factors.
+      spread, spread_after: the largest channel's maximum over the median channel's, before and after the factor.
       reason: why nothing was tried, "" where it was.
     """
 
@@ -55,6 +56,8 @@ class FactorChoice:
     exponent: float | None
     shifted: bool
     gain_db: float
+    spread: float = 1.0
+    spread_after: float = 1.0
     reason: str = ""
 
 
@@ -185,6 +188,8 @@ def _choose(quantizer: ActivationQuantizer, readers: Sequence[Reader], x: Tensor
     rounded_plain = fake_quantize(x, quantizer.scale, quantizer.zero_point, quantizer.spec)
     off = _Errors.of(readers, targets, x, rounded_plain, plain)
     layers = tuple(LAYER.require(reader.call.node).name for reader in readers)
+    maxima = quantizer.statistics.channel_maxima
+    spread = _spread(maxima)
 
     def judge(candidate: _Candidate, *, coarse: bool) -> tuple[_Errors, QParams, list[WeightQuantizer]]:
         rows = slice(None, None, _COARSE_ROWS if coarse else 1)
@@ -203,14 +208,29 @@ def _choose(quantizer: ActivationQuantizer, readers: Sequence[Reader], x: Tensor
     candidate = min(_candidates(quantizer, readers), key=lambda item: judge(item, coarse=True)[0].score)
     errors, qparams, fitted = judge(candidate, coarse=False)
     if errors.score >= off.score or errors.joint > off.joint:
-        return FactorChoice(layers=layers, exponent=None, shifted=False, gain_db=0.0)
+        return FactorChoice(
+            layers=layers, exponent=None, shifted=False, gain_db=0.0, spread=spread, spread_after=spread
+        )
     quantizer.channel_factor = candidate.factor
     quantizer.set_qparams(qparams)
     for reader, item in zip(readers, fitted, strict=True):
         reader.quantizer.channel_factor, reader.quantizer.channel_shift = item.channel_factor, item.channel_shift
         reader.quantizer.scale, reader.quantizer.zero_point = item.scale, item.zero_point
     gain = 10.0 * float(torch.log10(torch.tensor(off.joint / max(errors.joint, 1e-30))))
-    return FactorChoice(layers=layers, exponent=candidate.exponent, shifted=candidate.shift is not None, gain_db=gain)
+    return FactorChoice(
+        layers=layers,
+        exponent=candidate.exponent,
+        shifted=candidate.shift is not None,
+        gain_db=gain,
+        spread=spread,
+        spread_after=_spread(maxima.to(candidate.factor.device) / candidate.factor),
+    )
+
+
+def _spread(maxima: Tensor) -> float:
+    """The largest channel's maximum over that of the median channel that is not silent."""
+    heard = maxima[maxima > 0]
+    return float(heard.max() / heard.median()) if heard.numel() else 1.0
 
 
 def _candidates(quantizer: ActivationQuantizer, readers: Sequence[Reader]) -> Iterator[_Candidate]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -53,3 +54,14 @@ class CalibrationReport:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
         return asdict(self)
+
+
+def quality_line(summary: Mapping[str, Any]) -> str:
+    """One line on the quality that a stored model's plan records."""
+    quality = summary.get("quality")
+    if not isinstance(quality, Mapping) or "samples" not in quality:
+        return "output quality was not measured"
+    figures = [quality.get(name) for name in ("pooled_db", "median_db")]
+    pooled, median = ("inf" if value is None else f"{value:.1f}" for value in figures)
+    verdict = "" if quality.get("accepted") else " (doubtful)"
+    return f"output SQNR on held-out inputs: {pooled} dB pooled, {median} dB in the median over timesteps{verdict}"

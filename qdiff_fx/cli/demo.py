@@ -156,6 +156,7 @@ class Converted:
 
     inspection: Inspection
     layers: list[dict[str, Any]]
+    channels: list[dict[str, Any]]
     backend: str
     integer_sqnr_db: float
 
@@ -166,7 +167,7 @@ def _quantize(demo: Demo, preset: str, data: CalibrationSet, yardstick: Yardstic
     folder = demo.folder / f"unet-{preset}"
     with demo.stage(f"{name}: prepare and calibrate"):
         prepared = qdiff_fx.prepare(demo.source.unet, qdiff_fx.QDiffConfig.preset(preset))
-        qdiff_fx.calibrate(prepared, data)
+        report = qdiff_fx.calibrate(prepared, data)
         inspection = inspect_prepared(prepared)
     with demo.stage(f"{name}: convert, save, load"):
         qdiff_fx.save(qdiff_fx.convert(prepared), folder)
@@ -187,6 +188,7 @@ def _quantize(demo: Demo, preset: str, data: CalibrationSet, yardstick: Yardstic
     return Converted(
         inspection=inspection,
         layers=documents.layer_rows(inspection, quantized.lowering_report()),
+        channels=documents.widest_channels(report.factors),
         backend=quantized.backend,
         integer_sqnr_db=integer_sqnr.pooled_db,
     )
@@ -264,5 +266,6 @@ def _document(demo: Demo, yardstick: Yardstick, data: CalibrationSet, shown: Con
         },
         "shortcuts": shown.inspection.to_dict()["shortcuts"],
         "layers": shown.layers,
+        "channels": shown.channels,
         "seconds": demo.seconds,
     }

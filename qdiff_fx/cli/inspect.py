@@ -10,6 +10,7 @@ from typing import Any
 import qdiff_fx
 from qdiff_fx.calibration import CalibrationSet
 from qdiff_fx.calibration.progress import progress_bar
+from qdiff_fx.calibration.report import quality_line
 from qdiff_fx.cli.parser import OneLineParser, verb_parser
 from qdiff_fx.cli.sources import Source, add_source_arguments, open_source
 from qdiff_fx.config import CARRIER_BITS, QDiffConfig
@@ -135,11 +136,18 @@ def _bits(bits: int | None) -> str:
 
 def _show_quantized(quantized: QuantizedUNet, *, as_json: bool) -> None:
     report = quantized.lowering_report()
+    raises = quantized.calibration.get("raises", [])
     if not as_json:
         print(report)
+        print()
+        print(quality_line(quantized.calibration))
+        decisions = [(", ".join(row["layers"]), row["kind"], _bits(row["bits"]), row["reason"]) for row in raises]
+        print(_section("raised above the config", ("layer", "what", "bits", "why"), decisions, numeric=(2,)))
         return
     rows = [
         {name: getattr(row, name) for name in ("node", "layer", "kernel", "dtype", "bytes", "fallback")}
         for row in report.rows
     ]
-    print(json.dumps({"backend": report.backend, "bytes": report.total_bytes, "nodes": rows}, indent=1))
+    quality = quantized.calibration.get("quality", {})
+    document = {"backend": report.backend, "bytes": report.total_bytes, "quality": quality, "raises": raises}
+    print(json.dumps(document | {"nodes": rows}, indent=1))

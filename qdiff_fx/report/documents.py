@@ -52,6 +52,22 @@ def layer_rows(inspection: Inspection, lowering: LoweringReport) -> list[dict[st
     return rows
 
 
+def widest_channels(factors: Sequence[Mapping[str, Any]], count: int = 8) -> list[dict[str, Any]]:
+    """The quantized tensors whose channels differ most in range, before and after their factors."""
+    tried = [row for row in factors if not row["reason"] and row["spread"] > 1.0]
+    worst = sorted(tried, key=lambda row: -float(row["spread"]))[:count]
+    return [
+        {
+            "layer": ", ".join(row["layers"]),
+            "spread": row["spread"],
+            "spread_after": row["spread_after"],
+            "gain_db": row["gain_db"],
+            "exponent": row["exponent"],
+        }
+        for row in worst
+    ]
+
+
 def calibration_document(
     model: str, preset: str, report: CalibrationReport, inspection: Inspection, quantized: QuantizedUNet, stored: int
 ) -> dict[str, Any]:
@@ -66,6 +82,7 @@ def calibration_document(
         "layers": layer_rows(inspection, quantized.lowering_report()),
         "quality": report.quality,
         "factors": list(report.factors),
+        "channels": widest_channels(report.factors),
         "raises": list(report.raises),
         "total_seconds": report.seconds,
     }

@@ -25,6 +25,7 @@ _OPTIONAL = (
     "table",
     "sizes",
     "shortcuts",
+    "channels",
     "layers",
     "total_seconds",
     "integer_sqnr_pooled_db",
