@@ -49,10 +49,17 @@ class LoweringRow:
 
 @dataclass(frozen=True, kw_only=True)
 class LoweringReport:
-    """What every layer and attention runs on."""
+    """What every layer and attention runs on.
+
+    Args:
+      backend: its name.
+      rows: in execution order.
+      extra_quantize_steps: quantize steps beyond one a tensor, for layers that are better off with their own.
+    """
 
     backend: str
     rows: tuple[LoweringRow, ...]
+    extra_quantize_steps: int = 0
 
     @property
     def total_bytes(self) -> int:
@@ -68,6 +75,9 @@ class LoweringReport:
         ]
         table.insert(1, "  ".join("-" * width for width in widths))
         summary = f"backend {self.backend}: {len(self.rows)} nodes, {self.total_bytes:,} bytes"
+        if extra := self.extra_quantize_steps:
+            what = "1 tensor is" if extra == 1 else f"{extra} tensors are"
+            summary += f"; {what} quantized more than once, for layers with factors of their own"
         return "\n".join([*table, summary])
 
 
@@ -80,7 +90,14 @@ def lower(
     for node in reported:
         STORED.set(node, _stored(lowered, node))
     run_passes(LOWER[backend], lowered, PassContext(config=QDiffConfig(), signature=signature, strict=strict))
-    return lowered, LoweringReport(backend=backend, rows=tuple(_rows(lowered)))
+    return lowered, LoweringReport(
+        backend=backend, rows=tuple(_rows(lowered)), extra_quantize_steps=_extra_quantize_steps(plan)
+    )
+
+
+def _extra_quantize_steps(plan: fx.GraphModule) -> int:
+    sources = [node.args[0] for node in plan.graph.nodes if node.target is qdiff.quantize.default]
+    return len(sources) - len(dict.fromkeys(sources))
 
 
 def _stored(graph_module: fx.GraphModule, node: fx.Node) -> StoredWeight:

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from qdiff_fx.allocation.channel_factors import EXPONENTS, FactorChoice, smoothing_factor
+from qdiff_fx.allocation.channel_factors import FactorChoice
+from qdiff_fx.allocation.factor_search import EXPONENTS, smoothing_factor
 from qdiff_fx.allocation.probe import flat_inputs, spread_rows
 from qdiff_fx.calibration import CalibrationSet
 from qdiff_fx.fake_quantize import ActivationQuantizer, AttentionQuantizer, QuantizerMode, set_mode

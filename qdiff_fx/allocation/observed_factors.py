@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, fx
 
-from qdiff_fx.allocation.channel_factors import Reader, input_channel_maxima, input_nodes, readers_of, smoothing_factor
+from qdiff_fx.allocation.channel_factors import input_nodes, readers_of
+from qdiff_fx.allocation.factor_search import Reader, input_channel_maxima, smoothing_factor
 from qdiff_fx.fake_quantize import ActivationQuantizer, WeightQuantizer
 from qdiff_fx.graph.meta import LAYER
 from qdiff_fx.numerics.affine import QParams, qparams_from_range

@@ -6,8 +6,9 @@ from diffusers import UNet2DModel
 
 import qdiff_fx
 from qdiff_fx.allocation.allocate import Candidate, allocate, choose
-from qdiff_fx.allocation.channel_factors import channel_shifts, choose_channel_factors, smoothing_factor
+from qdiff_fx.allocation.channel_factors import choose_channel_factors
 from qdiff_fx.allocation.estimate import ErrorEstimate, error_at, estimate_errors
+from qdiff_fx.allocation.factor_search import channel_shifts, smoothing_factor
 from qdiff_fx.allocation.target import reach_target
 from qdiff_fx.allocation.units import input_units, total_multiplications, weight_units
 from qdiff_fx.calibration import CalibrationSet

@@ -1,0 +1,250 @@
+"""Search the channel factor of one quantized tensor: candidates, and what the layers that read it make of each.
+
+m is the smoothing factor max|x_c|^a / max|W_c|^(1 - a) (SmoothQuant, Xiao et al. 2022, eq. 4); a is searched. At 4 bits
+a shift k_c in 0..3 takes up to 8x of the factor: the 4-bit grid then sees m_c * 2^-k_c, which is exact in the folded
+int8 weight.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qdiff_fx.fake_quantize import ActivationQuantizer, WeightQuantizer
+from qdiff_fx.graph.edit import LayerCall
+from qdiff_fx.numerics.affine import QParams, along_axis, fake_quantize
+from qdiff_fx.numerics.search import search_mse
+from qdiff_fx.numerics.weights import MAXIMUM_SHIFT, grid_weight
+
+EXPONENTS = (0.0, 0.25, 0.5, 0.75, 1.0)
+SILENT = 2.0**-10
+"""A channel that was silent in calibration counts as this share of the layer's median maximum."""
+
+WEIGHT_EMPHASIS = 8.0
+"""A weight's error acts alike at every sampling step and adds up, an input's differs and averages out: by end-point
+PSNR W8 alone costs 2 dB more than A8 alone though its SQNR is 8 dB better (docs/decisions/022)."""
+
+_SEARCHED_VALUES = 65536
+_COARSE_VALUES, _COARSE_RANGES, _COARSE_ROWS = 8192, 10, 3
+"""While candidates are compared: values and clipping ranges searched, and every n-th row; the winner gets all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reader:
+    """A layer that reads the quantized tensor, with its weight and its quantizer."""
+
+    call: LayerCall
+    weight: Tensor
+    quantizer: WeightQuantizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A factor [C], the shifts [C] that 4-bit weights take of it, and the exponent that made it."""
+
+    factor: Tensor
+    shift: Tensor | None
+    exponent: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Errors:
+    """Relative output errors of the layers that read a tensor, summed over them.
+
+    Args:
+      joint: with input and weight quantized.
+      weight: with the weight quantized alone.
+    """
+
+    joint: float
+    weight: float
+
+    @classmethod
+    def of(
+        cls,
+        readers: Sequence[Reader],
+        targets: Sequence[Tensor],
+        x: Tensor,
+        rounded: Tensor,
+        quantizers: Sequence[WeightQuantizer],
+    ) -> Errors:
+        """Measure both for the input `x`, its rounded form and the readers' weights as `quantizers` round them."""
+        weights = [item.quantized(reader.weight) for item, reader in zip(quantizers, readers, strict=True)]
+        return cls(
+            joint=_relative_error(readers, targets, rounded, weights),
+            weight=_relative_error(readers, targets, x, weights),
+        )
+
+    @property
+    def score(self) -> float:
+        """The joint error with its weight part emphasised."""
+        return self.joint + (WEIGHT_EMPHASIS - 1.0) * self.weight
+
+
+def smoothing_factor(input_maxima: Tensor, weight_maxima: Tensor, exponent: float) -> Tensor:
+    """max|x_c|^a / max|W_c|^(1 - a) with geometric mean 1; finite and positive for silent channels too.
+
+    Args:
+      input_maxima, weight_maxima: [C], >= 0.
+      exponent: a in [0, 1].
+    """
+    inputs, weights = _audible(input_maxima), _audible(weight_maxima)
+    logarithm = exponent * torch.log2(inputs) - (1.0 - exponent) * torch.log2(weights)
+    return torch.exp2(logarithm - logarithm.mean()).to(torch.float32)
+
+
+def channel_shifts(factor: Tensor) -> Tensor:
+    """k_c in 0..3 such that m_c * 2^-k_c varies least over the channels, [C] uint8.
+
+    Shifts count up from the smallest factor, or from half the median one where the spread is more than they cover.
+    """
+    logarithm = torch.log2(factor)
+    anchor = torch.maximum(logarithm.min(), logarithm.median() - 1.0)
+    return torch.round(logarithm - anchor).clamp(0, MAXIMUM_SHIFT).to(torch.uint8)
+
+
+def _audible(maxima: Tensor) -> Tensor:
+    """Maxima with silent channels raised to a small share of the median."""
+    maxima = maxima.to(torch.float64)
+    heard = maxima[maxima > 0]
+    floor = float(heard.median()) * SILENT if heard.numel() else 1.0
+    return maxima.clamp(min=floor)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """The best factor for some readers of a tensor; `candidate` is None where none beats "off".
+
+    Args:
+      off: errors without a factor.
+      errors: with what was chosen.
+      rounded: the tensor on the chosen grid.
+      qparams: of the input, None for "off".
+      fitted: weight quantizers under the factor, one a reader; the present ones for "off".
+    """
+
+    candidate: Candidate | None
+    off: Errors
+    errors: Errors
+    rounded: Tensor
+    qparams: QParams | None
+    fitted: tuple[WeightQuantizer, ...]
+
+    @property
+    def gain_db(self) -> float:
+        """How much lower the joint error is than without a factor."""
+        if self.candidate is None:
+            return 0.0
+        return 10.0 * math.log10(max(self.off.joint, 1e-30) / max(self.errors.joint, 1e-30))
+
+
+def search_factor(quantizer: ActivationQuantizer, readers: Sequence[Reader], x: Tensor) -> Found:
+    """Judge every candidate for the tensor `x` by what `readers` make of it; "off" wins ties. Nothing is installed."""
+    axis = quantizer.channel_axis % x.ndim
+    targets = [layer_output(reader.call, x, reader.weight) for reader in readers]
+    plain = tuple(reader.quantizer for reader in readers)
+    rounded_plain = fake_quantize(x, quantizer.scale, quantizer.zero_point, quantizer.spec)
+    off = Errors.of(readers, targets, x, rounded_plain, plain)
+
+    def judge(candidate: Candidate, *, coarse: bool) -> Found:
+        rows = slice(None, None, _COARSE_ROWS if coarse else 1)
+        qparams = _fit_input(quantizer, candidate.factor, x[rows], axis, coarse=coarse)
+        rounded = fake_quantize(
+            x[rows],
+            qparams.scale,
+            qparams.zero_point,
+            quantizer.spec,
+            channel_factor=along_axis(candidate.factor, x.ndim, axis),
+        )
+        fitted = tuple(_fit_weight(reader, candidate, coarse=coarse) for reader in readers)
+        errors = Errors.of(readers, [y[rows] for y in targets], x[rows], rounded, fitted)
+        return Found(candidate=candidate, off=off, errors=errors, rounded=rounded, qparams=qparams, fitted=fitted)
+
+    best = min(_candidates(quantizer, readers), key=lambda item: judge(item, coarse=True).errors.score)
+    found = judge(best, coarse=False)
+    if found.errors.score < off.score and found.errors.joint <= off.joint:
+        return found
+    return Found(candidate=None, off=off, errors=off, rounded=rounded_plain, qparams=None, fitted=plain)
+
+
+def _candidates(quantizer: ActivationQuantizer, readers: Sequence[Reader]) -> Iterator[Candidate]:
+    maxima = torch.stack([input_channel_maxima(reader) for reader in readers]).amax(dim=0)
+    has_w4 = any(reader.quantizer.spec.bits <= 4 for reader in readers)
+    for exponent in EXPONENTS:
+        factor = smoothing_factor(quantizer.statistics.channel_maxima.to(maxima.device), maxima, exponent)
+        yield Candidate(factor=factor, shift=None, exponent=exponent)
+        if has_w4:
+            yield Candidate(factor=factor, shift=channel_shifts(factor), exponent=exponent)
+
+
+def input_channel_maxima(reader: Reader) -> Tensor:
+    """max |W| by input channel, [C_in]; in a grouped convolution the groups' channels follow each other."""
+    weight, groups = reader.weight.detach(), reader.call.groups
+    by_channel = weight.abs().reshape(groups, weight.shape[0] // groups, weight.shape[1], -1)
+    return by_channel.amax(dim=(1, 3)).reshape(-1).to(torch.float32)
+
+
+def _fit_input(quantizer: ActivationQuantizer, factor: Tensor, x: Tensor, axis: int, *, coarse: bool) -> QParams:
+    """The grid of x / m, searched on a sample of it; its range is that of everything that was observed."""
+    seen = (x.to(torch.float32) / along_axis(factor, x.ndim, axis)).flatten()
+    lowest, highest = seen.min(), seen.max()
+    observed = (quantizer.statistics.channel_maxima.to(factor.device) / factor).max()
+    if highest >= -lowest:
+        highest = torch.maximum(highest, observed)
+    else:
+        lowest = torch.minimum(lowest, -observed)
+    values, ranges = (_COARSE_VALUES, _COARSE_RANGES) if coarse else (_SEARCHED_VALUES, 80)
+    step = max(1, seen.numel() // values)
+    return search_mse(seen[::step], quantizer.spec, candidates=ranges, minimum=lowest, maximum=highest)
+
+
+def _fit_weight(reader: Reader, candidate: Candidate, *, coarse: bool) -> WeightQuantizer:
+    """A quantizer like the reader's, fitted under the candidate's factor; coarsely where it is only compared."""
+    own = reader.quantizer
+    fitted = WeightQuantizer(own.name, own.spec, observer=own.observer_name, groups=own.groups, seed=own.seed)
+    fitted.channel_factor = candidate.factor
+    fitted.channel_shift = candidate.shift if own.spec.bits <= 4 else None
+    if not coarse:
+        fitted.fit(reader.weight)
+        return fitted
+    seen = grid_weight(
+        reader.weight.detach(),
+        channel_factor=fitted.channel_factor,
+        channel_shift=fitted.channel_shift,
+        groups=fitted.groups,
+    )
+    qparams = search_mse(seen.flatten(1), own.spec, candidates=_COARSE_RANGES)
+    fitted.scale, fitted.zero_point, fitted.calibrated = qparams.scale, qparams.zero_point, True
+    return fitted
+
+
+def _relative_error(
+    readers: Sequence[Reader], targets: Sequence[Tensor], x: Tensor, weights: Sequence[Tensor]
+) -> float:
+    """Sum over the layers of the mean over rows of ||y' - y||^2 / ||y||^2: every noise level counts alike."""
+    total = 0.0
+    for reader, target, weight in zip(readers, targets, weights, strict=True):
+        error = _row_energies(layer_output(reader.call, x, weight) - target)
+        total += float((error / _row_energies(target).clamp(min=1e-30)).mean())
+    return total
+
+
+def _row_energies(values: Tensor) -> Tensor:
+    norms: Tensor = torch.linalg.vector_norm(values.flatten(1), dim=1, dtype=torch.float64)
+    return norms.square()
+
+
+def layer_output(call: LayerCall, x: Tensor, weight: Tensor) -> Tensor:
+    """The layer's output without its bias."""
+    operator: Any = call.node.target
+    result: Tensor = operator(x, weight, None, *call.node.args[3:], **_without_bias(call.node.kwargs))
+    return result
+
+
+def _without_bias(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in kwargs.items() if key != "bias"}
