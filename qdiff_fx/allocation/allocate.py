@@ -46,11 +46,22 @@ def weight_candidates(graph_module: fx.GraphModule, estimate: ErrorEstimate) -> 
 
 
 def input_candidates(graph_module: fx.GraphModule, estimate: ErrorEstimate) -> tuple[Candidate, ...]:
-    """Keeping each layer input in the carrier type."""
+    """Keeping each layer input in the carrier type.
+
+    Its layers' weights then lose their channel factors, which belong to that input: what they lose is counted.
+    """
+    by_layer = {layer: unit for unit in weight_units(graph_module) for layer in unit.layers}
+
+    def lost(layer: str) -> float:
+        weight = by_layer.get(layer)
+        if weight is None or weight.target not in estimate.without_factor:
+            return 0.0
+        return estimate.without_factor[weight.target] - estimate.weights[weight.target][weight.quantizer.spec.bits]
+
     return tuple(
         Candidate(
             raised=Raise(kind="input", target=unit.target, layers=unit.layers, bits=None),
-            gain=estimate.inputs[unit.target],
+            gain=estimate.inputs[unit.target] - sum(max(0.0, lost(layer)) for layer in unit.layers),
             cost=unit.multiplications,
         )
         for unit in input_units(graph_module)
@@ -65,9 +76,9 @@ def choose(candidates: Sequence[Candidate], budget: float) -> tuple[Candidate, .
     execution order, so the result is deterministic.
     """
     chosen, spent = [], 0.0
-    negligible = NEGLIGIBLE_SHARE * sum(candidate.gain for candidate in candidates)
+    negligible = NEGLIGIBLE_SHARE * sum(max(0.0, candidate.gain) for candidate in candidates)
     for candidate in sorted(candidates, key=_by_density):
-        if candidate.gain > max(0.0, negligible) and spent + candidate.cost <= budget:
+        if candidate.gain > negligible and spent + candidate.cost <= budget:
             chosen.append(candidate)
             spent += candidate.cost
     return tuple(chosen)

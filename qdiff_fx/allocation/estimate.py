@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, fx
@@ -24,10 +24,13 @@ class ErrorEstimate:
     Args:
       weights: by quantizer target, at each candidate width.
       inputs: by quantizer target, at its own width.
+      without_factor: by quantizer target of weights that have a channel factor, at their own width: what giving it up
+        would make of the weight's error.
     """
 
     weights: Mapping[str, Mapping[int, float]]
     inputs: Mapping[str, float]
+    without_factor: Mapping[str, float] = field(default_factory=dict)
 
 
 def estimate_errors(
@@ -54,6 +57,9 @@ def estimate_errors(
     units = weight_units(graph_module)
     deltas = {unit.target: _weight_errors(unit, weight_bits) for unit in units}
     weights = {unit.target: dict.fromkeys(deltas[unit.target], 0.0) for unit in units}
+    factored = [unit for unit in units if unit.quantizer.channel_factor is not None]
+    plain_deltas = {unit.target: error_at(unit, unit.quantizer.spec.bits, keep_factor=False) for unit in factored}
+    without_factor = dict.fromkeys(plain_deltas, 0.0)
     inputs: dict[str, float] = {}
     leaves: dict[str, Tensor] = {}
 
@@ -99,6 +105,8 @@ def estimate_errors(
                     if gradient is not None:
                         for bits, delta in deltas[target].items():
                             weights[target][bits] += float((gradient.double() * delta).sum()) ** 2
+                        if target in plain_deltas:
+                            without_factor[target] += float((gradient.double() * plain_deltas[target]).sum()) ** 2
                 leaves.clear()
                 bar.update(1)
     finally:
@@ -108,6 +116,7 @@ def estimate_errors(
     return ErrorEstimate(
         weights={target: {bits: value / count for bits, value in by.items()} for target, by in weights.items()},
         inputs={target: value / count for target, value in inputs.items()},
+        without_factor={target: value / count for target, value in without_factor.items()},
     )
 
 
@@ -118,10 +127,10 @@ def _weight_errors(unit: WeightUnit, widths: tuple[int, ...]) -> dict[int, Tenso
 
 
 @torch.no_grad()
-def error_at(unit: WeightUnit, bits: int) -> Tensor:
+def error_at(unit: WeightUnit, bits: int, *, keep_factor: bool = True) -> Tensor:
     """fake_quantize(W) - W at this width, in float64; the unit's own quantizer is not changed."""
     quantizer = unit.quantizer
-    if bits != quantizer.spec.bits:
+    if bits != quantizer.spec.bits or not keep_factor:
         quantizer = WeightQuantizer(
             quantizer.name,
             weight_spec(bits),
@@ -129,7 +138,7 @@ def error_at(unit: WeightUnit, bits: int) -> Tensor:
             groups=quantizer.groups,
             seed=quantizer.seed,
         ).to(unit.weight.device)
-        quantizer.channel_factor = unit.quantizer.channel_factor
+        quantizer.channel_factor = unit.quantizer.channel_factor if keep_factor else None
         quantizer.fit(unit.weight)
     mode, quantizer.mode = quantizer.mode, QuantizerMode.QUANTIZE
     error: Tensor = quantizer(unit.weight.detach()).double() - unit.weight.detach().double()

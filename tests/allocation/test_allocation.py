@@ -1,5 +1,7 @@
 """Error estimates, allocation, channel factors and targets on a tiny UNet."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from diffusers import UNet2DModel
@@ -74,6 +76,17 @@ def test_allocation_stays_within_its_slack(prepared: PreparedUNet, estimate: Err
     assert kept <= slack * total
     assert bool(raises) == (slack > 0)
     assert all(item.reason for item in raises)
+
+
+def test_an_input_is_not_raised_where_its_weight_lives_on_a_channel_factor(
+    prepared: PreparedUNet, estimate: ErrorEstimate
+) -> None:
+    unit = max(input_units(prepared.graph_module), key=lambda item: estimate.inputs[item.target])
+    weight = next(item for item in weight_units(prepared.graph_module) if item.layers[0] in unit.layers)
+    ruined = replace(estimate, without_factor={weight.target: 10.0})
+    for given, expected in ((estimate, True), (ruined, False)):
+        raises = allocate(prepared.graph_module, given, weight_slack=0.0, activation_slack=1.0)
+        assert (unit.target in {item.target for item in raises}) == expected
 
 
 def test_applying_raises_twice_changes_nothing_the_second_time(prepared: PreparedUNet, estimate: ErrorEstimate) -> None:
