@@ -39,7 +39,7 @@ def estimate_errors(
     data: CalibrationSet,
     *,
     weight_bits: tuple[int, ...] = (8,),
-    samples: int = 256,
+    samples: int = 128,
     batch_size: int = 8,
     seed: int = 0,
     progress: bool | None = False,
