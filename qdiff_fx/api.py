@@ -361,11 +361,22 @@ def _check_prepare(unet: Any, config: Any) -> None:
     training = next((path or type(unet).__name__ for path, child in unet.named_modules() if child.training), None)
     if training is not None:
         raise InputError(f"{training} is in training mode; call .eval() on the whole model before prepare()")
+    adapted = next((path for path, child in unet.named_modules() if _is_unfused(child)), None)
+    if adapted is not None:
+        raise InputError(
+            f"{adapted} carries an adapter that is not fused into its weight; call pipe.fuse_lora() "
+            f"(or unet.fuse_lora()) before prepare(), or unload it"
+        )
     for observer in (config.weight_observer, config.activation_observer):
         create_observer(observer, activation_spec(8))
     for name, parameter in unet.named_parameters():
         if not parameter.is_meta and not bool(torch.isfinite(parameter).all()):
             raise NonFiniteError(f"{name} holds NaN or infinity; repair the model before prepare()")
+
+
+def _is_unfused(module: nn.Module) -> bool:
+    """Whether this is a layer of an adapter library around the original: it has a base_layer and is not merged."""
+    return isinstance(getattr(module, "base_layer", None), nn.Module) and getattr(module, "merged", None) is False
 
 
 def _check_stage(prepared: Any, verb: str) -> None:

@@ -20,13 +20,14 @@ def example_call(unet: nn.Module) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
     Raises: InputError for a module without such a config.
     """
     config = getattr(unet, "config", None)
-    if config is None or "in_channels" not in config or "sample_size" not in config:
+    pictures = (config or {}).get("conditioning_embedding_out_channels")  # of a ControlNet
+    if config is None or "in_channels" not in config or ("sample_size" not in config and pictures is None):
         raise InputError(
             f"{type(unet).__name__} has no diffusers config to derive inputs from; "
             f"pass example_inputs=(sample, timestep, ...) with a batch of 2 or more"
         )
     multiple = 2 ** (len(config.get("block_out_channels") or [0]) - 1)
-    sides = config["sample_size"] or 32
+    sides = config.get("sample_size") or 32
     height, width = (sides, sides) if isinstance(sides, int) else sides
     height, width = (max(multiple, min(side, _LARGEST_SIDE) // multiple * multiple) for side in (height, width))
     sample = torch.zeros(_BATCH, config["in_channels"], height, width)
@@ -45,6 +46,11 @@ def example_call(unet: nn.Module) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
     if config.get("addition_embed_type") == "text_time":
         pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
         kwargs["added_cond_kwargs"] = {"text_embeds": torch.zeros(_BATCH, pooled), "time_ids": torch.zeros(_BATCH, 6)}
+    if pictures is not None:
+        scale = 2 ** (len(pictures) - 1)
+        channels = config.get("conditioning_channels") or 3
+        kwargs["controlnet_cond"] = torch.zeros(_BATCH, channels, height * scale, width * scale)
+        kwargs |= {"conditioning_scale": 1.0, "guess_mode": False}  # what pipelines give; constants of the capture
     dtype, device = _carrier(unet)
     return tuple(_to(item, dtype, device) for item in args), _to(kwargs, dtype, device)
 
@@ -57,6 +63,8 @@ def _carrier(unet: nn.Module) -> tuple[torch.dtype, torch.device]:
 def _to(value: Any, dtype: torch.dtype, device: torch.device) -> Any:
     if isinstance(value, dict):
         return {key: _to(item, dtype, device) for key, item in value.items()}
+    if not isinstance(value, Tensor):
+        return value
     # The timestep stays float32: [B], the one 1-d floating input.
     if value.is_floating_point() and value.dim() > 1:
         return value.to(device, dtype)

@@ -19,7 +19,7 @@ from qdiff_fx.errors import BackendError, InputError
 from qdiff_fx.fake_quantize import NoiseLevel, QuantizerMode, set_mode
 from qdiff_fx.graph.outputs import OutputStructure
 from qdiff_fx.graph.signature import CallSignature
-from qdiff_fx.graph.skeleton import build_skeleton, readable
+from qdiff_fx.graph.skeleton import build_skeleton, output_class, readable
 from qdiff_fx.graph.tokens import set_device
 from qdiff_fx.kernels import select_backend
 from qdiff_fx.lowering import LoweringReport, lower
@@ -95,7 +95,14 @@ class GraphUNet(ModelMixin, ConfigMixin):
         """What the original returns for the same call; `return_dict` both ways where the original takes it."""
         return_dict = kwargs.pop("return_dict", True) if self.returns_dict else False
         result = self.output.unflatten(self.run(self.signature.flatten(args, kwargs)))
-        return SampleOutput(sample=result[0]) if return_dict else result
+        if not return_dict:
+            return result
+        if len(result) == 1:
+            return SampleOutput(sample=result[0])
+        made = output_class(self.original_class)  # a ControlNet's, of several fields
+        if made is None:
+            raise InputError(f"{self.original_class} returns {len(result)} results; call it with return_dict=False")
+        return made(*result)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -7,9 +7,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from diffusers.utils.outputs import BaseOutput
 from torch import Tensor, nn
 
 from qdiff_fx.errors import InputError
+from qdiff_fx.graph.signature import tree_leaves
 
 
 @contextmanager
@@ -39,11 +41,18 @@ def evaluating(*networks: Callable[..., Any]) -> Iterator[None]:
 def output_tensor(output: Any) -> Tensor:
     """The tensor of a network's output: the output itself, its `.sample` (diffusers), or a tuple's first entry.
 
+    Of a network with several results, such as a ControlNet, all of them side by side: [B, values].
+
     Raises: InputError if there is none.
     """
     candidate = getattr(output, "sample", None)
     if not isinstance(candidate, Tensor):
-        candidate = output[0] if isinstance(output, tuple | list) and output else output
+        entries = output.to_tuple() if isinstance(output, BaseOutput) else output
+        candidate = entries[0] if isinstance(entries, tuple | list) and entries else entries
+        if isinstance(candidate, tuple | list):
+            leaves = tree_leaves(entries)
+            if leaves and all(isinstance(leaf, Tensor) and leaf.dim() > 1 for leaf in leaves):
+                return torch.cat([leaf.flatten(1) for leaf in leaves], dim=1)
     if not isinstance(candidate, Tensor):
         raise InputError(f"the network returned {type(output).__name__}: want a tensor, a tuple of them or .sample")
     return candidate

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.controlnets.controlnet import ControlNetOutput
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import nn
 
@@ -44,6 +45,14 @@ def test_training_flags_are_off_inside_and_as_before_after_an_error() -> None:
 def test_every_form_of_output_gives_its_tensor(wrap: Any) -> None:
     tensor = torch.ones(2)
     assert output_tensor(wrap(tensor)) is tensor
+
+
+def test_several_results_stand_side_by_side() -> None:
+    maps, middle = [torch.ones(2, 3, 4, 4), torch.zeros(2, 3, 2, 2)], torch.full((2, 5), 2.0)
+    joined = output_tensor((maps, middle))
+    assert joined.shape == (2, 48 + 12 + 5) and joined.sum() == 2 * (48 + 10)
+    output = ControlNetOutput(down_block_res_samples=tuple(maps), mid_block_res_sample=middle)
+    assert torch.equal(output_tensor(output), joined)
 
 
 @pytest.mark.parametrize("output", [None, (), {"a": torch.ones(1)}, ("no",)], ids=["none", "empty", "dict", "text"])

@@ -1,4 +1,4 @@
-"""The UNets that people use: each architecture from its public config, at real size and scaled down, with random weights."""
+"""The UNets that people use, from their public configs with random weights: at real size, and scaled down."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ class Family:
       build: the model with random weights.
       shortcuts: channels of the operands of every cat that is split, in execution order.
       attentions: scaled dot products.
+      slow: left to the slow tests.
       example: extra keyword inputs of a call, from the model and its example call; None if it has none.
     """
 
@@ -40,6 +41,7 @@ class Family:
     shortcuts: tuple[tuple[int, ...], ...]
     attentions: int
     example: Callable[[nn.Module, Call], dict[str, Any]] | None = None
+    slow: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,6 +148,11 @@ _TINY_CROSS: dict[str, Any] = _TINY | {
     "cross_attention_dim": 8,
     "attention_head_dim": 2,
 }
+_ONE_LEVEL: dict[str, Any] = {
+    "block_out_channels": (8,),
+    "down_block_types": ("CrossAttnDownBlock2D",),
+    "up_block_types": ("CrossAttnUpBlock2D",),
+}
 _DDPM_TYPES: dict[str, Any] = {
     "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
     "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
@@ -177,11 +184,15 @@ def residuals(model: nn.Module, call: Call) -> dict[str, Any]:
     return {"down_block_additional_residuals": maps, "mid_block_additional_residual": torch.zeros_like(maps[-1])}
 
 
-def picture(model: nn.Module, call: Call) -> dict[str, Any]:
-    """ControlNet's own picture, eight times the latent, and how strongly it counts."""
-    sample: Tensor = call[0][0]
-    shape = (len(sample), 3, sample.shape[2] * 8, sample.shape[3] * 8)
-    return {"controlnet_cond": torch.zeros(shape, dtype=sample.dtype), "conditioning_scale": 1.0}
+def controlnet(**config: Any) -> ControlNetModel:
+    """A ControlNet for a UNet of this config; its zero convolutions are given values, as after training."""
+    names = ("block_out_channels", "layers_per_block", "norm_num_groups", "cross_attention_dim", "attention_head_dim")
+    wanted = {key: config[key] for key in (*names, "down_block_types")}
+    net = ControlNetModel(**wanted, conditioning_embedding_out_channels=(4, 8, 8, 8))
+    for name, parameter in net.named_parameters():
+        if parameter.abs().max() == 0 and name.endswith("weight"):
+            nn.init.normal_(parameter, std=0.1)
+    return net
 
 
 SMALL: dict[str, Family] = {
@@ -191,13 +202,18 @@ SMALL: dict[str, Family] = {
         attentions=4,
     ),
     "latent-diffusion": Family(
-        build=lambda: UNet2DModel(**_TINY | _DDPM_TYPES | {"in_channels": 4, "out_channels": 4, "attention_head_dim": 4}),
+        build=lambda: UNet2DModel(
+            **_TINY | _DDPM_TYPES | {"in_channels": 4, "out_channels": 4, "attention_head_dim": 4}
+        ),
         shortcuts=_FOUR,
         attentions=4,
+        slow=True,
     ),
     "class-conditional": Family(
         build=lambda: UNet2DModel(
-            **_TINY | _DDPM_TYPES | {"num_class_embeds": 3, "mid_block_type": None, "resnet_time_scale_shift": "scale_shift"}
+            **_TINY
+            | _DDPM_TYPES
+            | {"num_class_embeds": 3, "mid_block_type": None, "resnet_time_scale_shift": "scale_shift"}
         ),
         shortcuts=_FOUR,
         attentions=3,
@@ -205,10 +221,10 @@ SMALL: dict[str, Family] = {
     "sd-1": Family(build=lambda: UNet2DConditionModel(**_TINY_CROSS), shortcuts=_FOUR, attentions=8),
     "sd-2-inpainting": Family(
         build=lambda: UNet2DConditionModel(
-            **_TINY_CROSS | {"in_channels": 9, "use_linear_projection": True, "attention_head_dim": (2, 4)}
+            **_TINY_CROSS | {"in_channels": 9, "use_linear_projection": True, "mid_block_type": None}
         ),
         shortcuts=_FOUR,
-        attentions=8,
+        attentions=6,
     ),
     "sdxl": Family(
         build=lambda: UNet2DConditionModel(
@@ -219,6 +235,7 @@ SMALL: dict[str, Family] = {
                 "cross_attention_dim": 16,
                 "attention_head_dim": (2, 4),
                 "use_linear_projection": True,
+                "mid_block_type": None,
                 "transformer_layers_per_block": (1, 2),
                 "addition_embed_type": "text_time",
                 "addition_time_embed_dim": 4,
@@ -226,19 +243,13 @@ SMALL: dict[str, Family] = {
             }
         ),
         shortcuts=_FOUR,
-        attentions=16,
+        attentions=12,
     ),
     "controlled": Family(
-        build=lambda: UNet2DConditionModel(**_TINY_CROSS), shortcuts=_FOUR, attentions=8, example=residuals
+        build=lambda: UNet2DConditionModel(**_TINY_CROSS | _ONE_LEVEL),
+        shortcuts=((8, 8), (8, 8)),
+        attentions=8,
+        example=residuals,
     ),
-    "controlnet": Family(
-        build=lambda: ControlNetModel(
-            **{key: _TINY_CROSS[key] for key in ("block_out_channels", "layers_per_block", "norm_num_groups")},
-            **{key: _TINY_CROSS[key] for key in ("cross_attention_dim", "attention_head_dim", "down_block_types")},
-            conditioning_embedding_out_channels=(4, 8, 8, 8),
-        ),
-        shortcuts=(),
-        attentions=4,
-        example=picture,
-    ),
+    "controlnet": Family(build=lambda: controlnet(**_TINY_CROSS | _ONE_LEVEL), shortcuts=(), attentions=4),
 }
