@@ -66,6 +66,41 @@ def test_a_submodule_in_training_mode_is_named(sketch: nn.Module) -> None:
         qdiff_fx.prepare(mixed, example_inputs=sketch_inputs())
 
 
+class Adapter(nn.Module):
+    """A LoRA layer as adapter libraries put it around a layer."""
+
+    def __init__(self, base_layer: nn.Conv2d) -> None:
+        super().__init__()
+        self.base_layer, self.merged = base_layer, False
+        self.down = nn.Conv2d(base_layer.in_channels, 2, 1, bias=False)
+        self.up = nn.Conv2d(2, base_layer.out_channels, 1, bias=False)
+
+    def merge(self) -> None:
+        delta = (self.up.weight.flatten(1) @ self.down.weight.flatten(1))[..., None, None]
+        self.base_layer.weight.data += delta
+        self.merged = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base_layer(x) if self.merged else self.base_layer(x) + self.up(self.down(x))
+
+
+def test_an_adapter_is_refused_until_it_is_fused(sketch: nn.Module) -> None:
+    adapted = copy.deepcopy(sketch)
+    adapted.skip = Adapter(adapted.skip)
+    with pytest.raises(InputError, match=r"skip carries an adapter that is not fused .* call pipe\.fuse_lora\(\)"):
+        qdiff_fx.prepare(adapted.eval(), example_inputs=sketch_inputs())
+    with torch.no_grad():
+        wanted = adapted(*sketch_inputs_seeded())
+        adapted.skip.merge()
+        prepared = qdiff_fx.prepare(adapted, example_inputs=sketch_inputs())
+        torch.testing.assert_close(prepared(*sketch_inputs_seeded()), wanted, rtol=1e-4, atol=1e-5)
+
+
+def sketch_inputs_seeded() -> tuple[Tensor, Tensor]:
+    torch.manual_seed(3)
+    return sketch_inputs()
+
+
 CONFIGS: dict[str, tuple[Callable[[], Any], str]] = {
     "unknown preset": (lambda: QDiffConfig.preset("w3a7"), "preset 'w3a7': want one of w8a8, w4a8"),
     "one bit": (lambda: QDiffConfig(weight_bits=1), r"weight_bits=1: want an integer in 2\.\.8, or 32"),
