@@ -217,6 +217,7 @@ SMALL: dict[str, Family] = {
         ),
         shortcuts=_FOUR,
         attentions=3,
+        slow=True,
     ),
     "sd-1": Family(build=lambda: UNet2DConditionModel(**_TINY_CROSS), shortcuts=_FOUR, attentions=8),
     "sd-2-inpainting": Family(
@@ -225,6 +226,7 @@ SMALL: dict[str, Family] = {
         ),
         shortcuts=_FOUR,
         attentions=6,
+        slow=True,
     ),
     "sdxl": Family(
         build=lambda: UNet2DConditionModel(

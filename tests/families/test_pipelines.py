@@ -1,0 +1,200 @@
+"""Unmodified diffusers pipelines, built from tiny random parts, run with quantized UNets inside."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMPipeline,
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    DiffusionPipeline,
+    LCMScheduler,
+    LDMPipeline,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    VQModel,
+)
+from PIL import Image
+from torch import nn
+
+import qdiff_fx
+from families import FamilyRun
+
+transformers = pytest.importorskip("transformers")
+
+Chain = Callable[[str], FamilyRun]
+
+PROMPT = "a boot"
+STEPS: dict[str, Any] = {"num_inference_steps": 2, "output_type": "np"}
+
+
+def _vae() -> AutoencoderKL:
+    torch.manual_seed(0)
+    return AutoencoderKL(
+        block_out_channels=(4, 4, 4, 4),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        norm_num_groups=2,
+        latent_channels=4,
+        sample_size=64,
+    ).eval()
+
+
+def _tokenizer(folder: Path) -> Any:
+    """A CLIP tokenizer whose vocabulary is letters, made here."""
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir()
+    (folder / "vocab.json").write_text(json.dumps({word: index for index, word in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    return transformers.CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=8)
+
+
+def _text_encoder(*, projected: bool = False) -> nn.Module:
+    torch.manual_seed(0)
+    config = transformers.CLIPTextConfig(
+        vocab_size=60,
+        hidden_size=8,
+        intermediate_size=8,
+        projection_dim=8,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=8,
+        bos_token_id=52,
+        eos_token_id=53,
+    )
+    kind = transformers.CLIPTextModelWithProjection if projected else transformers.CLIPTextModel
+    encoder: nn.Module = kind(config).eval()
+    return encoder
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What every Stable Diffusion pipeline has beside its UNet."""
+    return {
+        "vae": _vae(),
+        "text_encoder": _text_encoder(),
+        "tokenizer": _tokenizer(tmp_path_factory.mktemp("clip") / "tokenizer"),
+        "scheduler": DDIMScheduler(clip_sample=False, steps_offset=1),
+        "safety_checker": None,
+        "feature_extractor": None,
+        "requires_safety_checker": False,
+    }
+
+
+def _loaded(chain: Chain, name: str) -> qdiff_fx.QuantizedUNet:
+    return qdiff_fx.load(chain(name).folder, backend="reference")
+
+
+def _images(pipe: Any, *args: Any, **call: Any) -> np.ndarray:
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    images: np.ndarray = pipe(*args, generator=generator, **STEPS | call).images
+    assert np.isfinite(images).all() and images.min() >= 0 and images.max() <= 1
+    return images
+
+
+def _close(pipe: Any, quantized: Any, *args: Any, **call: Any) -> np.ndarray:
+    """The pipeline's pictures with the quantized UNet, which are near its own and not the same."""
+    wanted = _images(pipe, *args, **call)
+    pipe.unet = quantized
+    seen = _images(pipe, *args, **call)
+    assert seen.shape == wanted.shape
+    assert 0 < np.abs(seen - wanted).mean() < 0.1
+    return seen
+
+
+@pytest.mark.parametrize("kind", [DDIMPipeline, DDPMPipeline])
+def test_pixel_pipelines(kind: Any, chain: Chain) -> None:
+    scheduler = DDIMScheduler() if kind is DDIMPipeline else DDPMScheduler()
+    pipe = kind(unet=chain("ddpm").model, scheduler=scheduler)
+    assert _close(pipe, _loaded(chain, "ddpm"), batch_size=2).shape == (2, 8, 8, 3)
+
+
+def test_a_latent_pipeline_with_a_vq_model(chain: Chain) -> None:
+    torch.manual_seed(0)
+    vqvae = VQModel(
+        block_out_channels=(4, 4),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=2,
+        latent_channels=3,
+        num_vq_embeddings=16,
+    ).eval()
+    pipe = LDMPipeline(vqvae=vqvae, unet=chain("ddpm").model, scheduler=DDIMScheduler(clip_sample=False))
+    assert _images(pipe).shape == (1, 16, 16, 3)
+    pipe.unet = _loaded(chain, "ddpm")
+    assert _images(pipe, batch_size=2).shape == (2, 16, 16, 3)  # nearest codes jump, so pictures are not compared
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
+def test_stable_diffusion(guidance_scale: float, chain: Chain, parts: dict[str, Any]) -> None:
+    pipe = StableDiffusionPipeline(unet=chain("sd-1").model, **parts)
+    images = _close(pipe, _loaded(chain, "sd-1"), PROMPT, guidance_scale=guidance_scale)
+    assert images.shape == (1, 64, 64, 3)
+    assert _images(pipe, [PROMPT] * 2, height=64, width=128, guidance_scale=guidance_scale).shape == (2, 64, 128, 3)
+
+
+def test_few_steps_with_lcm(chain: Chain, parts: dict[str, Any]) -> None:
+    pipe = StableDiffusionPipeline(unet=chain("sd-1").model, **{**parts, "scheduler": LCMScheduler(steps_offset=1)})
+    _close(pipe, _loaded(chain, "sd-1"), PROMPT, guidance_scale=1.0)
+
+
+def test_image_to_image(chain: Chain, parts: dict[str, Any]) -> None:
+    pipe = StableDiffusionImg2ImgPipeline(unet=chain("sd-1").model, **parts)
+    picture = Image.new("RGB", (64, 64), (200, 30, 90))
+    _close(pipe, _loaded(chain, "sd-1"), PROMPT, image=picture, strength=0.9)
+
+
+@pytest.mark.slow
+def test_inpainting_with_nine_channels(chain: Chain, parts: dict[str, Any]) -> None:
+    pipe = StableDiffusionInpaintPipeline(unet=chain("sd-2-inpainting").model, **parts)
+    picture, mask = Image.new("RGB", (64, 64), (200, 30, 90)), Image.new("L", (64, 64), 255)
+    quantized = _loaded(chain, "sd-2-inpainting")
+    _close(pipe, quantized, PROMPT, image=picture, mask_image=mask, height=64, width=64)
+
+
+def test_stable_diffusion_xl(chain: Chain, parts: dict[str, Any]) -> None:
+    """Its pipeline reads unet.add_embedding.linear_1.in_features."""
+    unet: Any = chain("sdxl").model
+    shared = {name: parts[name] for name in ("vae", "text_encoder", "tokenizer", "scheduler")}
+    pipe = StableDiffusionXLPipeline(
+        unet=unet,
+        **shared,
+        text_encoder_2=_text_encoder(projected=True),
+        tokenizer_2=parts["tokenizer"],
+        add_watermarker=False,
+    )
+    _close(pipe, _loaded(chain, "sdxl"), PROMPT, height=64, width=64)
+
+
+@pytest.mark.slow
+def test_a_unet_takes_what_a_controlnet_hands_it(chain: Chain, parts: dict[str, Any]) -> None:
+    """The ControlNet stays the original: this pipeline asks for an instance of its class."""
+    pipe = StableDiffusionControlNetPipeline(
+        unet=chain("controlled").model, controlnet=chain("controlnet").model, **parts
+    )
+    picture = Image.new("RGB", (64, 64), (200, 30, 90))
+    _close(pipe, _loaded(chain, "controlled"), PROMPT, image=picture)
+
+
+def test_a_pipeline_folder_with_our_unet_loads_by_itself(chain: Chain, parts: dict[str, Any], tmp_path: Path) -> None:
+    pipe = StableDiffusionPipeline(unet=_loaded(chain, "sd-1"), **parts)
+    pipe.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "model_index.json").read_text())["unet"] == ["qdiff_fx.model", "QuantizedUNet"]
+    loaded = DiffusionPipeline.from_pretrained(tmp_path, local_files_only=True, requires_safety_checker=False)
+    assert type(loaded) is StableDiffusionPipeline and isinstance(loaded.unet, qdiff_fx.QuantizedUNet)
+    loaded.unet = qdiff_fx.QuantizedUNet.from_pretrained(tmp_path, subfolder="unet", backend="reference")
+    assert (_images(loaded, PROMPT) == _images(pipe, PROMPT)).all()
