@@ -108,7 +108,7 @@ def allocate(
 
 def _reasons(bought: Sequence[Candidate], total_error: float, cost: Callable[[Candidate], str]) -> tuple[Raise, ...]:
     return tuple(
-        item.raised.because(f"allocated: {item.gain / total_error:.1%} of the predicted error for {cost(item)}")
+        item.raised.because(f"allocated: {item.gain / total_error:.2%} of the predicted error for {cost(item)}")
         for item in bought
     )
 
