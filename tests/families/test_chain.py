@@ -75,3 +75,23 @@ def test_another_set_of_inputs_than_at_prepare_names_the_remedy(chain: Chain) ->
     picture = chain("controlnet").calls[0]
     with pytest.raises(InputError, match=r"conditioning_scale=0\.5, captured with the constant 1\.0"):
         chain("controlnet").quantized(*picture[0], **{**picture[1], "conditioning_scale": 0.5})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SMALL)
+def test_one_compilation_serves_batches_and_resolutions(name: str, chain: Chain) -> None:
+    run = chain(name)
+    quantized, graphs = qdiff_fx.load(run.folder, backend="reference"), list[torch.fx.GraphModule]()
+
+    def counting(graph_module: torch.fx.GraphModule, _inputs: list[torch.Tensor]) -> torch.fx.GraphModule:
+        graphs.append(graph_module)
+        return graph_module
+
+    shapes = [(2, 8, 8), (3, 16, 16), (4, 8, 16)]
+    calls = [fill(run.calls[0], 300.0, seed, batch=b, height=h, width=w) for seed, (b, h, w) in enumerate(shapes)]
+    with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
+        wanted = [quantized(*args, **kwargs, return_dict=False) for args, kwargs in calls]
+        quantized.compile(backend=counting)
+        for (args, kwargs), result in zip(calls, wanted, strict=True):
+            torch.testing.assert_close(quantized(*args, **kwargs, return_dict=False), result, rtol=0, atol=0)
+    assert len(graphs) == 1
