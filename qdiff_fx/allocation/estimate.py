@@ -70,10 +70,11 @@ def estimate_errors(
     def on_input(target: str, quantizer: ActivationQuantizer, x: Tensor) -> Tensor:
         inputs.setdefault(target, 0.0)
         y = x.clone() if x.requires_grad else x.detach().requires_grad_(True)
+        value = y.detach()  # a hook that held y itself would keep the whole autograd graph alive
 
         def accumulate(gradient: Tensor) -> None:
             with torch.no_grad():
-                error = quantizer(y) - y
+                error = quantizer(value) - value
                 rows = (gradient.double() * error.double()).reshape(error.shape[0], -1).sum(dim=1)
                 inputs[target] += float(rows.square().sum())
 

@@ -1,5 +1,6 @@
 """Error estimates, allocation, channel factors and targets on a tiny UNet."""
 
+import gc
 from dataclasses import replace
 
 import pytest
@@ -54,6 +55,17 @@ def test_estimate_leaves_modes_as_they_were(prepared: PreparedUNet, estimate: Er
     modes = [module.mode for module in prepared.graph_module.modules() if hasattr(module, "mode")]
     assert modes
     assert set(modes) == {QuantizerMode.QUANTIZE}
+
+
+def test_estimate_keeps_no_activations_alive(prepared: PreparedUNet, data: CalibrationSet) -> None:
+    def alive() -> int:
+        gc.collect()
+        return sum(type(item) is torch.Tensor and item.ndim == 4 for item in gc.get_objects())
+
+    estimate_errors(prepared.graph_module, prepared.signature, data, samples=4, batch_size=2)  # caches, once
+    before = alive()
+    estimate_errors(prepared.graph_module, prepared.signature, data, samples=8, batch_size=2)
+    assert alive() <= before
 
 
 def test_eight_bits_are_predicted_to_err_less_than_four(prepared: PreparedUNet) -> None:
