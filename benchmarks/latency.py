@@ -34,6 +34,7 @@ from qdiff_fx.safe_io import write_bytes, write_json
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "1073741824", "MALLOC_TRIM_THRESHOLD_": "4294967296"}
 BATCH = 2
 BASELINE = "bf16 compile"
+CARRIERS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def fashion() -> tuple[torch.nn.Module, dict[str, Tensor]]:
@@ -65,9 +66,11 @@ def ddpm_cifar10() -> tuple[torch.nn.Module, dict[str, Tensor]]:
     return unet.eval(), {"sample": torch.randn(BATCH, 3, 32, 32)}
 
 
-def stable_diffusion(size: int) -> tuple[torch.nn.Module, dict[str, Tensor]]:
-    """Stable Diffusion 1.5: 860 M parameters."""
-    unet = UNet2DConditionModel(cross_attention_dim=768, attention_head_dim=8, sample_size=size)
+def stable_diffusion(size: int, layers: int = 2) -> tuple[torch.nn.Module, dict[str, Tensor]]:
+    """Stable Diffusion 1.5: 860 M parameters; with one layer a block the same widths and 560 M."""
+    unet = UNet2DConditionModel(
+        cross_attention_dim=768, attention_head_dim=8, sample_size=size, layers_per_block=layers
+    )
     inputs = {"sample": torch.randn(BATCH, 4, size, size), "encoder_hidden_states": torch.randn(BATCH, 77, 768)}
     return unet.eval(), inputs
 
@@ -76,6 +79,7 @@ CASES: Mapping[str, Callable[[], tuple[torch.nn.Module, dict[str, Tensor]]]] = {
     "fashion": fashion,
     "fashion-conditional": fashion_conditional,
     "ddpm-cifar10": ddpm_cifar10,
+    "sd15-one-layer-32": lambda: stable_diffusion(32, layers=1),
     "sd15-32": lambda: stable_diffusion(32),
     "sd15-64": lambda: stable_diffusion(64),
 }
@@ -89,27 +93,29 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--presets", nargs="+", default=["w8a8", "w4a8"])
+    parser.add_argument("--carriers", nargs="+", choices=list(CARRIERS), default=["bf16"])
     arguments = parser.parse_args()
     results = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
     for name in arguments.cases:
         torch.manual_seed(0)
-        results[name] = measure(name, arguments.presets, arguments.repeats)
+        results[name] = measure(name, arguments)
         write_json(arguments.out, results)
         write_bytes(arguments.out.with_suffix(".md"), table(results).encode())
 
 
-def measure(name: str, presets: list[str], repeats: int) -> dict[str, Any]:
+def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     module, inputs = CASES[name]()
     arms: dict[str, Callable[[], Tensor]] = {}
-    converted = [(presets[0], torch.float32), *((preset, torch.bfloat16) for preset in presets)]
     timestep = torch.full((BATCH,), 500.0)
 
     def add(label: str, model: Any, dtype: torch.dtype) -> None:
         cast = {key: value.to(dtype) for key, value in inputs.items()}
         arms[label] = lambda: model(**cast, timestep=timestep, return_dict=False)[0]
 
-    for preset, dtype in converted:
-        add(f"{preset} {short(dtype)}", quantize(module, inputs, preset, dtype).compile(), dtype)
+    for preset in options.presets:
+        for carrier in options.carriers:
+            dtype = CARRIERS[carrier]
+            add(f"{preset} {carrier}", quantize(module, inputs, preset, dtype).compile(), dtype)
     add("fp32 compile", torch.compile(module, fullgraph=True), torch.float32)
     add(BASELINE, torch.compile(copy.deepcopy(module).to(torch.bfloat16), fullgraph=True), torch.bfloat16)
     with torch.no_grad():
@@ -119,7 +125,7 @@ def measure(name: str, presets: list[str], repeats: int) -> dict[str, Any]:
             started = time.perf_counter()
             quality[label] = decibels(exact, run())
             print(f"{name}: {label} compiled in {time.perf_counter() - started:.0f} s", flush=True)
-        times = interleaved(arms, repeats)
+        times = interleaved(arms, options.repeats)
     return {
         "isa": torch.backends.cpu.get_cpu_capability(),
         "amx": bool(torch.cpu._is_amx_tile_supported()),
@@ -153,8 +159,9 @@ def quantize(
         activation_observer="minmax",
     )
     prepared = qdiff_fx.prepare(module, config)
-    for timestep in (10.0, 500.0, 990.0):
-        prepared(**inputs, timestep=torch.full((BATCH,), timestep))
+    with torch.no_grad():
+        for timestep in (10.0, 500.0, 990.0):
+            prepared(**inputs, timestep=torch.full((BATCH,), timestep))
     return qdiff_fx.convert(prepared, backend="x86", dtype=dtype, release=True)
 
 
@@ -189,10 +196,6 @@ def matmul_gops() -> float:
 def decibels(exact: Tensor, seen: Tensor) -> float:
     error = (exact.double() - seen.double()).pow(2).sum()
     return float(10 * torch.log10(exact.double().pow(2).sum() / error)) if error > 0 else float("inf")
-
-
-def short(dtype: torch.dtype) -> str:
-    return {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
 
 
 def table(results: Mapping[str, Any]) -> str:
