@@ -225,6 +225,8 @@ class QuantizedUNet(GraphUNet):
     def run(self, inputs: tuple[Tensor, ...]) -> Any:
         if self._compiled is None:
             return self.lowered(*inputs)
+        # Marks are kept on the tensor object: on the caller's own they would bind every other compiled model.
+        inputs = tuple(value.detach() for value in inputs)
         for item, value in zip(self.signature.inputs, inputs, strict=True):
             for axis, size in enumerate(item.shape):
                 # A dimension of 1 is always a constant to the compiler: batch 1 costs one more compilation.

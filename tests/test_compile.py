@@ -119,3 +119,12 @@ def test_inductor_serves_every_batch_and_resolution(quantized_sketch: qdiff_fx.Q
             inputs = _inputs(*shape)
             wanted = quantized_sketch(*inputs)
             assert (quantized(*inputs) - wanted).abs().max() < 0.05 * wanted.abs().max()
+
+
+def test_compiling_leaves_the_callers_tensors_unmarked(preparer: Preparer, sketch: nn.Module) -> None:
+    """A mark on them would make every other compiled model that reads them dynamic, or fail."""
+    quantized = qdiff_fx.convert(preparer.fitted(sketch), backend="reference").compile(backend=CountingBackend())
+    inputs = sketch_inputs()
+    with torch.no_grad():
+        quantized(*inputs)
+    assert not any(hasattr(value, "_dynamo_dynamic_indices") for value in inputs)
