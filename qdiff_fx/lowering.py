@@ -124,7 +124,7 @@ def _rows(graph_module: fx.GraphModule) -> Iterator[LoweringRow]:
         value: Any = node.meta["val"]
         kernel = str(node.target).removesuffix(".default")
         if node.target in LAYER_OPERATORS and stored is not None and stored.dtype.startswith("int"):
-            kernel += " on dequantized weight"
+            kernel += " on dequantized weight" if not _reads_codes(node) else " on dequantized codes"
         yield LoweringRow(
             node=node.name,
             layer=name,
@@ -136,3 +136,9 @@ def _rows(graph_module: fx.GraphModule) -> Iterator[LoweringRow]:
             else FALLBACK.get(node) or "",
             simulated=simulated,
         )
+
+
+def _reads_codes(node: fx.Node) -> bool:
+    """Whether a layer of the quantize/dequantize form has integer input codes."""
+    source = node.args[0]
+    return isinstance(source, fx.Node) and str(source.target).startswith("quantized_decomposed.dequantize")

@@ -19,7 +19,13 @@ class DropAttentionQuantizers(RewritePass[fx.Node]):
     On x86 no int8 attention beats the bf16 kernel, and rounding without integer products only costs.
 
     Left alone: everything under strict=True, which keeps the simulated quantization.
+
+    Args:
+      reason: why rounding without integer products would be all that the quantizers do, for the lowering report.
     """
+
+    def __init__(self, reason: str = "no int8 attention kernel wins on this CPU") -> None:
+        self.reason = reason
 
     def pattern(self, node: fx.Node, graph_module: fx.GraphModule, context: PassContext) -> fx.Node | None:
         return node if node.target is qdiff.attention.default else None
@@ -40,6 +46,6 @@ class DropAttentionQuantizers(RewritePass[fx.Node]):
             )
         if (policy := ATTENTION.get(match)) is not None:
             ATTENTION.set(call, policy)
-        FALLBACK.set(call, "quantizers of q, k, v and softmax dropped: no int8 attention kernel wins on this CPU")
+        FALLBACK.set(call, f"quantizers of q, k, v and softmax dropped: {self.reason}")
         match.replace_all_uses_with(call)
         graph.erase_node(match)
