@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ aten = torch.ops.aten
 qdiff = torch.ops.qdiff
 decomposed = torch.ops.quantized_decomposed
 
-_LAYERS = {qdiff.conv2d.default: aten.conv2d.default, qdiff.linear.default: aten.linear.default}
+_LAYERS: Mapping[Any, Any] = {qdiff.conv2d.default: aten.conv2d.default, qdiff.linear.default: aten.linear.default}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +59,8 @@ class QuantizeDequantizeLayers(RewritePass[QuantizedReaders]):
     def check(self, match: QuantizedReaders, graph_module: fx.GraphModule, context: PassContext) -> str | None:
         if match.other:
             return f"{', '.join(node.name for node in match.other)}: reads the codes and is no integer layer"
-        constants = [item for layer in match.layers for item in layer.args[1:6] if isinstance(item, fx.Node)]
-        computed = [item.name for item in (*constants, match.quantize.args[1]) if item.op != "get_attr"]  # type: ignore[union-attr]
+        constants = [item for layer in match.layers for item in layer.args[1:6]] + [match.quantize.args[1]]
+        computed = [item.name for item in constants if isinstance(item, fx.Node) and item.op != "get_attr"]
         return f"{', '.join(computed)}: computed, not stored" if computed else None
 
     def rewrite(self, match: QuantizedReaders, graph_module: fx.GraphModule, context: PassContext) -> None:
@@ -134,10 +135,11 @@ def _dequantized(
     graph_module: fx.GraphModule, node: fx.Node, stored: tuple[Any, ...], shape: list[int], groups: int
 ) -> fx.Node:
     """dequantize_per_channel of the layer's weight as int8, at the graph's insertion point."""
-    packed, scale, zero_point, shift = (None if item is None else get_tensor(graph_module, item.target) for item in stored)
+    tensors: Any = [None if item is None else get_tensor(graph_module, item.target).detach() for item in stored]
+    packed, scale, zero_point, shift = tensors
     weight = stored[0]
     if packed.dtype != torch.int8:
-        value = integer_weight(packed.detach(), zero_point, shift, shape, groups)
+        value = integer_weight(packed, zero_point, shift, shape, groups)
         weight = _constant(graph_module, f"qdq_{node.name}_weight", value, like=node)
     zeros = _constant(
         graph_module, f"qdq_{node.name}_zero_point", torch.zeros_like(scale, dtype=torch.int64), like=node
