@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import json
 import logging
@@ -26,7 +25,6 @@ from qdiff_fx.calibration.driver import (
     fit_activations,
     fit_weights,
     layer_rows,
-    observe,
     quantizer_rows,
     reset,
 )
@@ -39,6 +37,7 @@ from qdiff_fx.examples import example_call
 from qdiff_fx.fake_quantize import NoiseLevel, QuantizerMode
 from qdiff_fx.graph.capture import capture
 from qdiff_fx.graph.edit import freeze_parameters, pruned, shared_copy
+from qdiff_fx.identity import digest, model_digest, run_identity
 from qdiff_fx.kernels import select_backend
 from qdiff_fx.model import PreparedUNet, QuantizedUNet
 from qdiff_fx.numerics.spec import activation_spec
@@ -48,8 +47,7 @@ from qdiff_fx.passes.carrier import set_carrier
 from qdiff_fx.passes.convert import CONVERT
 from qdiff_fx.passes.prepare import PREPARE
 from qdiff_fx.reconstruction import BlockResult, ReconstructionConfig, reconstruct
-from qdiff_fx.safe_io import tensor_bytes
-from qdiff_fx.stages import decide, equalize_attentions, guard, hold_out, measure_quality, meet_target
+from qdiff_fx.stages import decide, equalize_attentions, guard, hold_out, measure_quality, meet_target, observe_and_fit
 
 logger = logging.getLogger(__name__)
 
@@ -144,21 +142,9 @@ def calibrate(
     data, held = hold_out(data, holdout, config.seed)
     reset(prepared.graph_module)
     folded = equalize_attentions(prepared, data)
-    prepared.set_mode(QuantizerMode.OBSERVE)
-    observe(
-        prepared,
-        prepared.graph_module,
-        data,
-        batch_size=batch_size,
-        seed=prepared.qdiff_config.seed,
-        identity=_identity(prepared, data, batch_size),
-        checkpoint_dir=None if checkpoint_dir is None else Path(checkpoint_dir),
-        progress=progress,
-    )
-    fit_activations(prepared.graph_module)
-    fit_weights(prepared.graph_module, progress=progress)
-    decisions = decide(prepared, data, progress=progress)
     folder = None if checkpoint_dir is None else Path(checkpoint_dir)
+    observe_and_fit(prepared, data, batch_size, folder, progress)
+    decisions = decide(prepared, data, progress=progress)
     blocks = _reconstruct(prepared, data, reconstruction, batch_size, folder, progress) if reconstruction else ()
     prepared.set_mode(QuantizerMode.QUANTIZE)
     raises = decisions.raises
@@ -219,23 +205,11 @@ def sensitivity(
     if not isinstance(data, CalibrationSet):
         data = CalibrationSet.from_samples(list(data))
     check_data(data, prepared.signature, dict(prepared.config))
-    identity = _identity(prepared, data, batch_size)
+    identity = run_identity(prepared, data, batch_size)
     folder = None if checkpoint_dir is None else Path(checkpoint_dir)
     if not prepared.calibrated:
         reset(prepared.graph_module)
-        prepared.set_mode(QuantizerMode.OBSERVE)
-        observe(
-            prepared,
-            prepared.graph_module,
-            data,
-            batch_size=batch_size,
-            seed=prepared.qdiff_config.seed,
-            identity=identity,
-            checkpoint_dir=folder,
-            progress=progress,
-        )
-        fit_activations(prepared.graph_module)
-        fit_weights(prepared.graph_module, progress=progress)
+        observe_and_fit(prepared, data, batch_size, folder, progress)
     seed = prepared.qdiff_config.seed
     return measure_sensitivity(
         prepared.graph_module,
@@ -245,7 +219,7 @@ def sensitivity(
         samples=samples,
         batch_size=batch_size,
         seed=seed,
-        identity=_digest(f"{identity} {samples}"),
+        identity=digest(f"{identity} {samples}"),
         checkpoint_dir=folder,
         progress=progress,
     )
@@ -422,32 +396,13 @@ def _reconstruct(
         len(data),
         config,
         identity={
-            "model": _model_digest(prepared),
-            "quantization config": _digest(json.dumps(prepared.qdiff_config.to_dict(), sort_keys=True)),
-            "calibration set": _digest(f"{data.fingerprint} {batch_size}"),
+            "model": model_digest(prepared),
+            "quantization config": digest(json.dumps(prepared.qdiff_config.to_dict(), sort_keys=True)),
+            "calibration set": digest(f"{data.fingerprint} {batch_size}"),
         },
         checkpoint_dir=None if folder is None else folder / "blocks",
         progress=progress,
     )
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _model_digest(prepared: PreparedUNet) -> str:
-    """SHA-256 over the graph and its parameters."""
-    digest = hashlib.sha256(prepared.graph_module.code.encode())
-    for name, tensor in prepared.graph_module.named_parameters():
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor_bytes(tensor))
-    return digest.hexdigest()
-
-
-def _identity(prepared: PreparedUNet, data: CalibrationSet, batch_size: int) -> str:
-    """SHA-256 over what an observation depends on: graph, weights, config, data and order."""
-    config = json.dumps(prepared.qdiff_config.to_dict(), sort_keys=True)
-    return _digest(f"{config} {batch_size} {data.fingerprint} {_model_digest(prepared)}")
 
 
 def _finite_or_none(decibel: float) -> float | None:

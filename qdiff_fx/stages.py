@@ -6,6 +6,7 @@ import logging
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import fx
@@ -17,10 +18,12 @@ from qdiff_fx.allocation.estimate import ErrorEstimate, estimate_errors
 from qdiff_fx.allocation.target import ranked_raises, reach_target
 from qdiff_fx.allocation.units import input_units, weight_units
 from qdiff_fx.calibration import CalibrationSet
+from qdiff_fx.calibration.driver import fit_activations, fit_weights, observe
 from qdiff_fx.errors import QDiffWarning
 from qdiff_fx.evaluation.quality import SqnrResult, output_sqnr
 from qdiff_fx.fake_quantize import QuantizerMode
 from qdiff_fx.graph.edit import shared_copy
+from qdiff_fx.identity import run_identity
 from qdiff_fx.model import PreparedUNet
 from qdiff_fx.passes.base import PassContext
 from qdiff_fx.passes.prepare.raises import ApplyRaises, Raise
@@ -69,6 +72,25 @@ def equalize_attentions(prepared: PreparedUNet, data: CalibrationSet) -> tuple[F
     if not prepared.qdiff_config.equalize:
         return ()
     return fold_attention_factors(prepared.graph_module, prepared.signature, data, seed=prepared.qdiff_config.seed)
+
+
+def observe_and_fit(
+    prepared: PreparedUNet, data: CalibrationSet, batch_size: int, checkpoint_dir: Path | None, progress: bool | None
+) -> None:
+    """Run `data` through the full-precision network and fix every grid; a killed observation continues."""
+    prepared.set_mode(QuantizerMode.OBSERVE)
+    observe(
+        prepared,
+        prepared.graph_module,
+        data,
+        batch_size=batch_size,
+        seed=prepared.qdiff_config.seed,
+        identity=run_identity(prepared, data, batch_size),
+        checkpoint_dir=checkpoint_dir,
+        progress=progress,
+    )
+    fit_activations(prepared.graph_module)
+    fit_weights(prepared.graph_module, progress=progress)
 
 
 def decide(prepared: PreparedUNet, data: CalibrationSet, *, progress: bool | None) -> Decisions:

@@ -1,0 +1,30 @@
+"""Digests that tell whether stored work belongs to this very model, config and data."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+from qdiff_fx.calibration import CalibrationSet
+from qdiff_fx.model import PreparedUNet
+from qdiff_fx.safe_io import tensor_bytes
+
+
+def digest(text: str) -> str:
+    """SHA-256 of a text, in hexadecimal."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def model_digest(prepared: PreparedUNet) -> str:
+    """SHA-256 over the graph and its parameters."""
+    result = hashlib.sha256(prepared.graph_module.code.encode())
+    for name, tensor in prepared.graph_module.named_parameters():
+        result.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        result.update(tensor_bytes(tensor))
+    return result.hexdigest()
+
+
+def run_identity(prepared: PreparedUNet, data: CalibrationSet, batch_size: int) -> str:
+    """SHA-256 over what an observation depends on: graph, weights, config, data and order."""
+    config = json.dumps(prepared.qdiff_config.to_dict(), sort_keys=True)
+    return digest(f"{config} {batch_size} {data.fingerprint} {model_digest(prepared)}")
