@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import inspect
-import json
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import ModelMixin
-from torch import Tensor, nn
+from torch import nn
 
 from qdiff_fx.allocation.estimate import estimate_errors
 from qdiff_fx.allocation.observed_factors import equalize_from_maxima
@@ -37,7 +36,7 @@ from qdiff_fx.examples import example_call
 from qdiff_fx.fake_quantize import NoiseLevel, QuantizerMode
 from qdiff_fx.graph.capture import capture
 from qdiff_fx.graph.edit import freeze_parameters, pruned, shared_copy
-from qdiff_fx.identity import digest, model_digest, run_identity
+from qdiff_fx.identity import digest, run_identity
 from qdiff_fx.kernels import select_backend
 from qdiff_fx.model import PreparedUNet, QuantizedUNet
 from qdiff_fx.numerics.spec import activation_spec
@@ -46,8 +45,17 @@ from qdiff_fx.passes.base import PassContext, run_passes
 from qdiff_fx.passes.carrier import set_carrier
 from qdiff_fx.passes.convert import CONVERT
 from qdiff_fx.passes.prepare import PREPARE
-from qdiff_fx.reconstruction import BlockResult, ReconstructionConfig, reconstruct
-from qdiff_fx.stages import decide, equalize_attentions, guard, hold_out, measure_quality, meet_target, observe_and_fit
+from qdiff_fx.reconstruction import ReconstructionConfig
+from qdiff_fx.stages import (
+    decide,
+    equalize_attentions,
+    guard,
+    hold_out,
+    learn_blocks,
+    measure_quality,
+    meet_target,
+    observe_and_fit,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -145,7 +153,7 @@ def calibrate(
     folder = None if checkpoint_dir is None else Path(checkpoint_dir)
     observe_and_fit(prepared, data, batch_size, folder, progress)
     decisions = decide(prepared, data, progress=progress)
-    blocks = _reconstruct(prepared, data, reconstruction, batch_size, folder, progress) if reconstruction else ()
+    blocks = learn_blocks(prepared, data, reconstruction, batch_size, folder, progress) if reconstruction else ()
     prepared.set_mode(QuantizerMode.QUANTIZE)
     raises = decisions.raises
     if config.target_sqnr is not None:
@@ -205,12 +213,12 @@ def sensitivity(
     if not isinstance(data, CalibrationSet):
         data = CalibrationSet.from_samples(list(data))
     check_data(data, prepared.signature, dict(prepared.config))
-    identity = run_identity(prepared, data, batch_size)
     folder = None if checkpoint_dir is None else Path(checkpoint_dir)
     if not prepared.calibrated:
         reset(prepared.graph_module)
         observe_and_fit(prepared, data, batch_size, folder, progress)
     seed = prepared.qdiff_config.seed
+    identity = "" if folder is None else digest(f"{run_identity(prepared, data, batch_size)} {samples}")
     return measure_sensitivity(
         prepared.graph_module,
         prepared.signature,
@@ -219,7 +227,7 @@ def sensitivity(
         samples=samples,
         batch_size=batch_size,
         seed=seed,
-        identity=digest(f"{identity} {samples}"),
+        identity=identity,
         checkpoint_dir=folder,
         progress=progress,
     )
@@ -374,35 +382,6 @@ def _finish_short_way(prepared: PreparedUNet) -> None:
         len(factors),
     )
     prepared.calibrated = True
-
-
-def _reconstruct(
-    prepared: PreparedUNet,
-    data: CalibrationSet,
-    config: ReconstructionConfig,
-    batch_size: int,
-    folder: Path | None,
-    progress: bool | None,
-) -> tuple[BlockResult, ...]:
-    def calls() -> Iterator[tuple[Tensor, ...]]:
-        for batch in data.batches(config.batch_size):
-            inputs = prepared.signature.flatten(batch.args, batch.kwargs)
-            yield tuple(value.to(prepared.device) for value in inputs)
-
-    return reconstruct(
-        prepared.graph_module,
-        prepared.signature.names,
-        calls,
-        len(data),
-        config,
-        identity={
-            "model": model_digest(prepared),
-            "quantization config": digest(json.dumps(prepared.qdiff_config.to_dict(), sort_keys=True)),
-            "calibration set": digest(f"{data.fingerprint} {batch_size}"),
-        },
-        checkpoint_dir=None if folder is None else folder / "blocks",
-        progress=progress,
-    )
 
 
 def _finite_or_none(decibel: float) -> float | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from typing import cast
@@ -142,6 +144,14 @@ class WeightQuantizer(nn.Module):
             round_up=self.round_up,
         )
 
+    def unfitted(self, spec: QuantSpec | None = None) -> WeightQuantizer:
+        """Another quantizer for the same weight, without grid, factor or learned rounding; `spec` may differ."""
+        result = WeightQuantizer(
+            self.name, spec or self.spec, observer=self.observer_name, groups=self.groups, seed=self.seed
+        )
+        result.mode = self.mode
+        return result.to(self.scale.device)
+
     def rounding_grid(self, weight: Tensor) -> RoundingGrid:
         """Both neighbours on the grid of each weight."""
         return rounding_grid(
@@ -241,6 +251,18 @@ class AttentionQuantizer(nn.Module):
     def operand(self, name: str) -> ActivationQuantizer | None:
         """The quantizer of "query", "key" or "value"."""
         return cast(ActivationQuantizer, self.operands[name]) if name in self.operands else None
+
+
+@contextmanager
+def preserved_modes(module: nn.Module) -> Iterator[None]:
+    """Whatever the block does to the modes of the quantizers under `module`, they are afterwards what they were."""
+    kinds = (ActivationQuantizer, AttentionQuantizer, WeightQuantizer)
+    modes = [(child, child.mode) for child in module.modules() if isinstance(child, kinds)]
+    try:
+        yield
+    finally:
+        for child, mode in modes:
+            child.mode = mode
 
 
 def set_mode(module: nn.Module, mode: QuantizerMode) -> None:

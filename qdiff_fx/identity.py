@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
+
+from torch import Tensor
 
 from qdiff_fx.calibration import CalibrationSet
 from qdiff_fx.model import PreparedUNet
@@ -17,8 +20,13 @@ def digest(text: str) -> str:
 
 def model_digest(prepared: PreparedUNet) -> str:
     """SHA-256 over the graph and its parameters."""
-    result = hashlib.sha256(prepared.graph_module.code.encode())
-    for name, tensor in prepared.graph_module.named_parameters():
+    return tensors_digest(prepared.graph_module.code, prepared.graph_module.named_parameters())
+
+
+def tensors_digest(text: str, tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256 over a text and named tensors: names, shapes, types and values."""
+    result = hashlib.sha256(text.encode())
+    for name, tensor in tensors:
         result.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         result.update(tensor_bytes(tensor))
     return result.hexdigest()

@@ -1,15 +1,16 @@
-"""The stages of calibrate() beyond observation: channel factors, bit allocation, quality target, quality guard."""
+"""The stages of calibrate(): observation, channel factors, bit allocation, learning, quality target, quality guard."""
 
 from __future__ import annotations
 
+import json
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 
 from qdiff_fx.allocation.allocate import allocate
 from qdiff_fx.allocation.attention_factors import fold_attention_factors
@@ -23,10 +24,11 @@ from qdiff_fx.errors import QDiffWarning
 from qdiff_fx.evaluation.quality import SqnrResult, output_sqnr
 from qdiff_fx.fake_quantize import QuantizerMode
 from qdiff_fx.graph.edit import shared_copy
-from qdiff_fx.identity import run_identity
+from qdiff_fx.identity import digest, model_digest, run_identity
 from qdiff_fx.model import PreparedUNet
 from qdiff_fx.passes.base import PassContext
 from qdiff_fx.passes.prepare.raises import ApplyRaises, Raise
+from qdiff_fx.reconstruction import BlockResult, ReconstructionConfig, reconstruct
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +87,7 @@ def observe_and_fit(
         data,
         batch_size=batch_size,
         seed=prepared.qdiff_config.seed,
-        identity=run_identity(prepared, data, batch_size),
+        identity="" if checkpoint_dir is None else run_identity(prepared, data, batch_size),
         checkpoint_dir=checkpoint_dir,
         progress=progress,
     )
@@ -112,6 +114,37 @@ def decide(prepared: PreparedUNet, data: CalibrationSet, *, progress: bool | Non
     )
     _apply(prepared, graph_module, raises)
     return Decisions(factors=factors, raises=raises, estimate=estimate)
+
+
+def learn_blocks(
+    prepared: PreparedUNet,
+    data: CalibrationSet,
+    config: ReconstructionConfig,
+    batch_size: int,
+    folder: Path | None,
+    progress: bool | None,
+) -> tuple[BlockResult, ...]:
+    """Learn weight rounding and activation steps block by block; finished blocks of a killed run are taken over."""
+
+    def calls() -> Iterator[tuple[Tensor, ...]]:
+        for batch in data.batches(config.batch_size):
+            inputs = prepared.signature.flatten(batch.args, batch.kwargs)
+            yield tuple(value.to(prepared.device) for value in inputs)
+
+    return reconstruct(
+        prepared.graph_module,
+        prepared.signature.names,
+        calls,
+        len(data),
+        config,
+        identity={
+            "model": model_digest(prepared),
+            "quantization config": digest(json.dumps(prepared.qdiff_config.to_dict(), sort_keys=True)),
+            "calibration set": digest(f"{data.fingerprint} {batch_size}"),
+        },
+        checkpoint_dir=None if folder is None else folder / "blocks",
+        progress=progress,
+    )
 
 
 def meet_target(

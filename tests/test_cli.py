@@ -12,6 +12,7 @@ from diffusers import DDIMScheduler
 from PIL import Image
 
 from qdiff_fx.cli import VERBS, main
+from qdiff_fx.cli.quantize import _discard
 from subjects import conditional_unet, unconditional_unet
 
 
@@ -214,6 +215,18 @@ def test_a_ruined_model_is_not_written_until_it_is_accepted(
     assert (out / "plan.json").exists()
     assert not json.loads((out / "calibration.json").read_text())["quality"]["accepted"]
     assert not (tmp_path / "ruined.work").exists()
+
+
+def test_only_its_own_folders_are_removed_from_the_work_folder(tmp_path: Path) -> None:
+    for name, leftover in (("shared", True), ("own", False)):
+        work = tmp_path / name
+        (work / "built").mkdir(parents=True)
+        if leftover:
+            (work / "notes.txt").write_text("mine")
+        _discard(work)
+        assert work.exists() == leftover
+        assert not (work / "built").exists()
+    assert (tmp_path / "shared" / "notes.txt").read_text() == "mine"
 
 
 def test_a_target_is_reached_on_the_command_line(model: Path, tmp_path: Path) -> None:

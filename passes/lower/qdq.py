@@ -14,6 +14,7 @@ from qdiff_fx.kernels import qdq as qdq  # registers the operators
 from qdiff_fx.kernels.reference import integer_weight
 from qdiff_fx.numerics.affine import along_axis
 from qdiff_fx.passes.base import PassContext, RewritePass
+from qdiff_fx.passes.lower.stored_weights import StoredWeightPass, computed_operands
 
 aten = torch.ops.aten
 qdiff = torch.ops.qdiff
@@ -60,8 +61,7 @@ class QuantizeDequantizeLayers(RewritePass[QuantizedReaders]):
         if match.other:
             return f"{', '.join(node.name for node in match.other)}: reads the codes and is no integer layer"
         constants = [item for layer in match.layers for item in layer.args[1:6]] + [match.quantize.args[1]]
-        computed = [item.name for item in constants if isinstance(item, fx.Node) and item.op != "get_attr"]
-        return f"{', '.join(computed)}: computed, not stored" if computed else None
+        return computed_operands([item for item in constants if isinstance(item, fx.Node)])
 
     def rewrite(self, match: QuantizedReaders, graph_module: fx.GraphModule, context: PassContext) -> None:
         graph, node = graph_module.graph, match.quantize
@@ -85,18 +85,11 @@ class QuantizeDequantizeLayers(RewritePass[QuantizedReaders]):
             _rewrite_layer(graph_module, layer, grid)
 
 
-class QuantizeDequantizeWeights(RewritePass[fx.Node]):
+class QuantizeDequantizeWeights(StoredWeightPass):
     """qdiff.dequantize_weight becomes quantized_decomposed.dequantize_per_channel: the input stays in the carrier.
 
     Left alone: weights that are computed in the graph.
     """
-
-    def pattern(self, node: fx.Node, graph_module: fx.GraphModule, context: PassContext) -> fx.Node | None:
-        return node if node.target is qdiff.dequantize_weight.default else None
-
-    def check(self, match: fx.Node, graph_module: fx.GraphModule, context: PassContext) -> str | None:
-        computed = [item.name for item in match.all_input_nodes if item.op != "get_attr"]
-        return f"{', '.join(computed)}: computed, not stored" if computed else None
 
     def rewrite(self, match: fx.Node, graph_module: fx.GraphModule, context: PassContext) -> None:
         arguments: Any = match.args

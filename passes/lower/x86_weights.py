@@ -6,25 +6,19 @@ import torch
 from torch import fx
 
 from qdiff_fx.graph.edit import get_tensor, set_tensor
-from qdiff_fx.passes.base import PassContext, RewritePass
+from qdiff_fx.passes.base import PassContext
+from qdiff_fx.passes.lower.stored_weights import StoredWeightPass
 
 qdiff = torch.ops.qdiff
 
 
-class DequantizeWeights(RewritePass[fx.Node]):
+class DequantizeWeights(StoredWeightPass):
     """qdiff.dequantize_weight becomes a constant of the carrier type (docs/decisions/010-x86-kernels.md says why).
 
     Kernels of convolutions are stored channels_last, as compiled code would otherwise copy them on every call.
 
     Left alone: weights that are computed in the graph.
     """
-
-    def pattern(self, node: fx.Node, graph_module: fx.GraphModule, context: PassContext) -> fx.Node | None:
-        return node if node.target is qdiff.dequantize_weight.default else None
-
-    def check(self, match: fx.Node, graph_module: fx.GraphModule, context: PassContext) -> str | None:
-        computed = [item.name for item in match.all_input_nodes if item.op != "get_attr"]
-        return f"{', '.join(computed)}: computed, not stored" if computed else None
 
     def rewrite(self, match: fx.Node, graph_module: fx.GraphModule, context: PassContext) -> None:
         args = fx.map_arg(match.args, lambda item: get_tensor(graph_module, item.target))

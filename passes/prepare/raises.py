@@ -96,14 +96,7 @@ def _refit(
     graph_module: fx.GraphModule, node: fx.Node, quantizer: WeightQuantizer, bits: int, *, keep_factor: bool
 ) -> None:
     """Replace a weight quantizer, which other graphs may share, by one of another width or without its factor."""
-    fitted = WeightQuantizer(
-        quantizer.name,
-        weight_spec(bits),
-        observer=quantizer.observer_name,
-        groups=quantizer.groups,
-        seed=quantizer.seed,
-    )
-    fitted.mode = quantizer.mode
+    fitted = quantizer.unfitted(weight_spec(bits))
     fitted.channel_factor = quantizer.channel_factor if keep_factor else None
     source = node.args[0]
     assert isinstance(source, fx.Node)

@@ -19,7 +19,7 @@ from qdiff_fx.allocation.channel_factors import FactorChoice
 from qdiff_fx.allocation.factor_search import EXPONENTS, smoothing_factor
 from qdiff_fx.allocation.probe import flat_inputs, spread_rows
 from qdiff_fx.calibration import CalibrationSet
-from qdiff_fx.fake_quantize import ActivationQuantizer, AttentionQuantizer, QuantizerMode, set_mode
+from qdiff_fx.fake_quantize import ActivationQuantizer, AttentionQuantizer, QuantizerMode, preserved_modes, set_mode
 from qdiff_fx.graph.edit import LayerCall, get_tensor, layer_call, set_tensor
 from qdiff_fx.graph.signature import CallSignature
 
@@ -168,9 +168,8 @@ def _observe(
     seed: int,
 ) -> dict[fx.Node, _Seen]:
     seen = {node: _Seen(rows={}, maxima={}, columns=None) for node in attentions}
-    modes = {name: module.mode for name, module in graph_module.named_modules() if hasattr(module, "mode")}
     device = next(graph_module.parameters()).device
-    try:
+    with preserved_modes(graph_module):
         set_mode(graph_module, QuantizerMode.PASS)
         for rows in torch.split(spread_rows(data, samples, seed), batch_size):
             recorder = _Recorder(graph_module, seen)
@@ -179,9 +178,6 @@ def _observe(
                 path = _path_forward(graph_module, node)
                 if path is not None and "value" in item.rows:
                     item.columns = recorder.columns(node, item.rows["value"], path)
-    finally:
-        for name, mode in modes.items():
-            graph_module.get_submodule(name).mode = mode
     return seen
 
 
@@ -312,12 +308,11 @@ def _own_weight(call: LayerCall) -> bool:
 
 
 def _weight_name(call: LayerCall) -> str:
+    """The tensor that the layer's weight is, behind its quantizer if it has one."""
     node = call.weight
-    return (
-        str(node.args[0].target if isinstance(node.args[0], fx.Node) else node.target)
-        if node.args
-        else str(node.target)
-    )
+    if node.op == "call_module":
+        (node,) = node.all_input_nodes
+    return str(node.target)
 
 
 def _weight(graph_module: fx.GraphModule, call: LayerCall) -> Tensor:

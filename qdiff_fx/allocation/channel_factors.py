@@ -17,7 +17,7 @@ from qdiff_fx.allocation.probe import Probe, flat_inputs, spread_rows
 from qdiff_fx.calibration import CalibrationSet
 from qdiff_fx.calibration.progress import progress_bar
 from qdiff_fx.config import QDiffConfig
-from qdiff_fx.fake_quantize import ActivationQuantizer, QuantizerMode, WeightQuantizer
+from qdiff_fx.fake_quantize import ActivationQuantizer, QuantizerMode, WeightQuantizer, preserved_modes, set_mode
 from qdiff_fx.graph.edit import get_tensor, layer_call
 from qdiff_fx.graph.meta import LAYER
 from qdiff_fx.graph.signature import CallSignature
@@ -88,19 +88,13 @@ def choose_channel_factors(
         probe = Probe(graph_module, on_weight=on_weight, on_input=on_input)
         device = next((item.weight.device for group in readers.values() for item in group), torch.device("cpu"))
         inputs = flat_inputs(data, spread_rows(data, samples, seed), signature, device)
-        modes = {name: module.mode for name, module in graph_module.named_modules() if hasattr(module, "mode")}
-        try:
-            for name in modes:
-                graph_module.get_submodule(name).mode = QuantizerMode.PASS  # type: ignore[assignment]
-            with torch.no_grad():
-                probe.run(*inputs)
-        finally:
-            for name, mode in modes.items():
-                graph_module.get_submodule(name).mode = mode
+        with preserved_modes(graph_module), torch.no_grad():
+            set_mode(graph_module, QuantizerMode.PASS)
+            probe.run(*inputs)
     own = GiveOwnQuantizers(tuple(item.reader.call.node for item in alone))
     own.run(graph_module, PassContext(config=QDiffConfig(), signature=signature))
     for item in alone:
-        _install(own.created[item.reader.call.node], (item.reader,), item.found)
+        item.found.install(own.created[item.reader.call.node], (item.reader,))
     return tuple(choices)
 
 
@@ -133,18 +127,8 @@ def _choose(
     for index, found in leaving.items():
         alone.append(_Alone(reader=readers[index], found=found))
         yield _choice(quantizer, (readers[index],), found, own_step=True)
-    _install(quantizer, staying, common)
+    common.install(quantizer, staying)
     yield _choice(quantizer, staying, common, own_step=False)
-
-
-def _install(quantizer: ActivationQuantizer, readers: Sequence[Reader], found: Found) -> None:
-    if found.candidate is None or found.qparams is None:
-        return
-    quantizer.channel_factor = found.candidate.factor
-    quantizer.set_qparams(found.qparams)
-    for reader, item in zip(readers, found.fitted, strict=True):
-        reader.quantizer.channel_factor, reader.quantizer.channel_shift = item.channel_factor, item.channel_shift
-        reader.quantizer.scale, reader.quantizer.zero_point = item.scale, item.zero_point
 
 
 def _choice(quantizer: ActivationQuantizer, readers: Sequence[Reader], found: Found, *, own_step: bool) -> FactorChoice:

@@ -12,7 +12,7 @@ from qdiff_fx.allocation.probe import Probe, flat_inputs, spread_rows
 from qdiff_fx.allocation.units import WeightUnit, weight_units
 from qdiff_fx.calibration import CalibrationSet
 from qdiff_fx.calibration.progress import progress_bar
-from qdiff_fx.fake_quantize import ActivationQuantizer, QuantizerMode, WeightQuantizer, set_mode
+from qdiff_fx.fake_quantize import ActivationQuantizer, QuantizerMode, WeightQuantizer, preserved_modes, set_mode
 from qdiff_fx.graph.signature import CallSignature
 from qdiff_fx.numerics.spec import weight_spec
 
@@ -81,17 +81,16 @@ def estimate_errors(
         y.register_hook(accumulate)  # type: ignore[no-untyped-call]
         return y
 
-    previous = {name: module.mode for name, module in _moded(graph_module)}
-    set_mode(graph_module, QuantizerMode.PASS)
-    for _, module in _moded(graph_module):
-        if isinstance(module, ActivationQuantizer):
-            module.mode = QuantizerMode.QUANTIZE  # called by the probe only
     probe = Probe(graph_module, on_weight=on_weight, on_input=on_input)
     generator = torch.Generator().manual_seed(seed)
     rows = spread_rows(data, samples, seed)
     rows = rows[torch.randperm(len(rows), generator=generator)]
     device = units[0].weight.device if units else torch.device("cpu")
-    try:
+    with preserved_modes(graph_module):
+        set_mode(graph_module, QuantizerMode.PASS)
+        for module in graph_module.modules():
+            if isinstance(module, ActivationQuantizer):
+                module.mode = QuantizerMode.QUANTIZE  # called by the probe only
         with progress_bar("sensitivity", total=-(-len(rows) // batch_size), progress=progress) as bar:
             for start in range(0, len(rows), batch_size):
                 batch = flat_inputs(data, rows[start : start + batch_size], signature, device)
@@ -110,9 +109,6 @@ def estimate_errors(
                             without_factor[target] += float((gradient.double() * plain_deltas[target]).sum()) ** 2
                 leaves.clear()
                 bar.update(1)
-    finally:
-        for name, module in _moded(graph_module):
-            module.mode = previous[name]
     count = max(1, len(rows))
     return ErrorEstimate(
         weights={target: {bits: value / count for bits, value in by.items()} for target, by in weights.items()},
@@ -132,20 +128,8 @@ def error_at(unit: WeightUnit, bits: int, *, keep_factor: bool = True) -> Tensor
     """fake_quantize(W) - W at this width, in float64; the unit's own quantizer is not changed."""
     quantizer = unit.quantizer
     if bits != quantizer.spec.bits or not keep_factor:
-        quantizer = WeightQuantizer(
-            quantizer.name,
-            weight_spec(bits),
-            observer=quantizer.observer_name,
-            groups=quantizer.groups,
-            seed=quantizer.seed,
-        ).to(unit.weight.device)
+        quantizer = quantizer.unfitted(weight_spec(bits))
         quantizer.channel_factor = unit.quantizer.channel_factor if keep_factor else None
         quantizer.fit(unit.weight)
-    mode, quantizer.mode = quantizer.mode, QuantizerMode.QUANTIZE
-    error: Tensor = quantizer(unit.weight.detach()).double() - unit.weight.detach().double()
-    quantizer.mode = mode
-    return error
-
-
-def _moded(graph_module: fx.GraphModule) -> list[tuple[str, torch.nn.Module]]:
-    return [(name, module) for name, module in graph_module.named_modules() if hasattr(module, "mode")]
+    weight = unit.weight.detach()
+    return quantizer.quantized(weight).double() - weight.double()

@@ -142,6 +142,26 @@ class Found:
             return 0.0
         return 10.0 * math.log10(max(self.off.joint, 1e-30) / max(self.errors.joint, 1e-30))
 
+    def install(self, quantizer: ActivationQuantizer, readers: Sequence[Reader]) -> None:
+        """Make it the grid of `quantizer` and of the readers' weights; "off" changes nothing."""
+        if self.candidate is not None and self.qparams is not None:
+            install_factor(quantizer, self.candidate.factor, self.qparams, readers, self.fitted)
+
+
+def install_factor(
+    quantizer: ActivationQuantizer,
+    factor: Tensor,
+    qparams: QParams,
+    readers: Sequence[Reader],
+    fitted: Sequence[WeightQuantizer],
+) -> None:
+    """Give a tensor's quantizer a factor with its grid, and its readers' quantizers what was fitted under it."""
+    quantizer.channel_factor = factor
+    quantizer.set_qparams(qparams)
+    for reader, item in zip(readers, fitted, strict=True):
+        reader.quantizer.channel_factor, reader.quantizer.channel_shift = item.channel_factor, item.channel_shift
+        reader.quantizer.scale, reader.quantizer.zero_point = item.scale, item.zero_point
+
 
 def search_factor(quantizer: ActivationQuantizer, readers: Sequence[Reader], x: Tensor) -> Found:
     """Judge every candidate for the tensor `x` by what `readers` make of it; "off" wins ties. Nothing is installed."""
@@ -206,7 +226,7 @@ def _fit_input(quantizer: ActivationQuantizer, factor: Tensor, x: Tensor, axis: 
 def _fit_weight(reader: Reader, candidate: Candidate, *, coarse: bool) -> WeightQuantizer:
     """A quantizer like the reader's, fitted under the candidate's factor; coarsely where it is only compared."""
     own = reader.quantizer
-    fitted = WeightQuantizer(own.name, own.spec, observer=own.observer_name, groups=own.groups, seed=own.seed)
+    fitted = own.unfitted()
     fitted.channel_factor = candidate.factor
     fitted.channel_shift = candidate.shift if own.spec.bits <= 4 else None
     if not coarse:

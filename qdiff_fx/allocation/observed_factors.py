@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from qdiff_fx.allocation.channel_factors import input_nodes, readers_of
-from qdiff_fx.allocation.factor_search import Reader, input_channel_maxima, smoothing_factor
+from qdiff_fx.allocation.factor_search import Reader, input_channel_maxima, install_factor, smoothing_factor
 from qdiff_fx.fake_quantize import ActivationQuantizer, WeightQuantizer
 from qdiff_fx.graph.meta import LAYER
 from qdiff_fx.numerics.affine import QParams, qparams_from_range
@@ -48,11 +48,7 @@ def equalize_from_maxima(graph_module: fx.GraphModule) -> tuple[str, ...]:
         equalised = _predicted(readers, fitted, maxima, qparams.scale * factor)
         if equalised * 10.0 ** (MINIMUM_GAIN_DB / 10.0) >= plain:
             continue
-        quantizer.channel_factor = factor
-        quantizer.set_qparams(qparams)
-        for reader, item in zip(readers, fitted, strict=True):
-            reader.quantizer.channel_factor = factor
-            reader.quantizer.scale, reader.quantizer.zero_point = item.scale, item.zero_point
+        install_factor(quantizer, factor, qparams, readers, fitted)
         changed.extend(LAYER.require(reader.call.node).name for reader in readers)
     return tuple(changed)
 
@@ -65,8 +61,7 @@ def _range_under(quantizer: ActivationQuantizer, maxima: Tensor, factor: Tensor)
 
 
 def _fitted(reader: Reader, factor: Tensor) -> WeightQuantizer:
-    own = reader.quantizer
-    fitted = WeightQuantizer(own.name, own.spec, observer=own.observer_name, groups=own.groups, seed=own.seed)
+    fitted = reader.quantizer.unfitted()
     fitted.channel_factor = factor
     fitted.fit(reader.weight)
     return fitted

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,11 +14,18 @@ from torch import Tensor, fx, nn
 
 from qdiff_fx.allocation.estimate import ErrorEstimate
 from qdiff_fx.allocation.probe import flat_inputs, spread_rows
-from qdiff_fx.allocation.units import input_units, weight_units
+from qdiff_fx.allocation.units import InputUnit, WeightUnit, input_units, weight_units
 from qdiff_fx.calibration import CalibrationSet
 from qdiff_fx.calibration.progress import progress_bar
 from qdiff_fx.errors import CheckpointError
-from qdiff_fx.fake_quantize import ActivationQuantizer, AttentionQuantizer, QuantizerMode, WeightQuantizer, set_mode
+from qdiff_fx.fake_quantize import (
+    ActivationQuantizer,
+    AttentionQuantizer,
+    QuantizerMode,
+    WeightQuantizer,
+    preserved_modes,
+    set_mode,
+)
 from qdiff_fx.graph.meta import BLOCK
 from qdiff_fx.graph.signature import CallSignature
 from qdiff_fx.passes.analysis import blocks
@@ -131,7 +137,7 @@ def measure_sensitivity(
     file = None if checkpoint_dir is None else checkpoint_dir / PROGRESS_FILE
     errors = {} if file is None else _resume(file, identity)
     with (
-        _modes_restored(graph_module),
+        preserved_modes(graph_module),
         torch.no_grad(),
         progress_bar("sensitivity", total=len(subjects), progress=progress) as bar,
     ):
@@ -183,25 +189,16 @@ def _correlations(rows: Sequence[SensitivityRow]) -> dict[str, float]:
 
 
 def _subjects(graph_module: fx.GraphModule, estimate: ErrorEstimate | None) -> tuple[_Subject, ...]:
-    weights = [
+    units: tuple[WeightUnit | InputUnit, ...] = (*weight_units(graph_module), *input_units(graph_module))
+    layers = [
         _Subject(
-            kind="weight",
+            kind="weight" if isinstance(unit, WeightUnit) else "input",
             name=unit.name,
             modules=(unit.quantizer,),
             bits=unit.quantizer.spec.bits,
-            estimate=None if estimate is None else estimate.weights[unit.target][unit.quantizer.spec.bits],
+            estimate=None if estimate is None else _predicted(estimate, unit),
         )
-        for unit in weight_units(graph_module)
-    ]
-    inputs = [
-        _Subject(
-            kind="input",
-            name=unit.name,
-            modules=(unit.quantizer,),
-            bits=unit.quantizer.spec.bits,
-            estimate=None if estimate is None else estimate.inputs.get(unit.target),
-        )
-        for unit in input_units(graph_module)
+        for unit in units
     ]
     attentions: list[_Subject] = []
     members: dict[int, list[nn.Module]] = {}
@@ -217,14 +214,19 @@ def _subjects(graph_module: fx.GraphModule, estimate: ErrorEstimate | None) -> t
             if index is not None:
                 members.setdefault(index, []).append(module)
     return (
-        *weights,
-        *inputs,
+        *layers,
         *attentions,
         *(
             _Subject(kind="block", name=f"{index} {names[index]}", modules=tuple(modules))
             for index, modules in sorted(members.items())
         ),
     )
+
+
+def _predicted(estimate: ErrorEstimate, unit: WeightUnit | InputUnit) -> float | None:
+    if isinstance(unit, WeightUnit):
+        return estimate.weights[unit.target][unit.quantizer.spec.bits]
+    return estimate.inputs.get(unit.target)
 
 
 def _switch(modules: Sequence[nn.Module], mode: QuantizerMode) -> None:
@@ -259,13 +261,3 @@ def _resume(file: Path, identity: str) -> dict[str, float]:
     if not isinstance(errors, dict) or not all(isinstance(value, float) for value in errors.values()):
         raise CheckpointError(f"{file}: 'errors' is {json.dumps(errors)[:60]}, want a number a unit; delete the file")
     return dict(errors)
-
-
-@contextmanager
-def _modes_restored(graph_module: fx.GraphModule) -> Iterator[None]:
-    modes = {name: module.mode for name, module in graph_module.named_modules() if hasattr(module, "mode")}
-    try:
-        yield
-    finally:
-        for name, mode in modes.items():
-            graph_module.get_submodule(name).mode = mode

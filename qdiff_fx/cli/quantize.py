@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from argparse import Namespace
@@ -21,10 +20,14 @@ from qdiff_fx.cli.sources import (
 )
 from qdiff_fx.config import QDiffConfig
 from qdiff_fx.errors import QualityError
+from qdiff_fx.identity import tensors_digest
 from qdiff_fx.report.documents import calibration_document, stored_bytes
 from qdiff_fx.report.inspection import inspect_prepared
 from qdiff_fx.report.tables import decibels, file_size
-from qdiff_fx.safe_io import read_json, tensor_bytes, write_json
+from qdiff_fx.safe_io import read_json, write_json
+
+_DATA, _RUN, _BUILT = _WORK_FOLDERS = ("calibration", "calibration-run", "built")
+"""What a run keeps in its work folder: inputs, the state of calibrate(), the finished model."""
 
 
 def parser() -> OneLineParser:
@@ -62,7 +65,7 @@ def run(arguments: Namespace) -> None:
     work: Path = arguments.checkpoint_dir or arguments.out.with_name(arguments.out.name + ".work")
     data = _data(source, arguments, work)
     identity = _identity(source, config, data, arguments)
-    built = work / "built"
+    built = work / _BUILT
     if not _is_of(built, identity):
         _build(source, config, data, arguments, built, identity)
     document = read_json(built / "calibration.json")
@@ -75,7 +78,7 @@ def run(arguments: Namespace) -> None:
         )
     _publish(source, built, arguments.out)
     if arguments.checkpoint_dir is None:
-        shutil.rmtree(work)
+        _discard(work)
     stored = document["sizes"][arguments.preset]
     share = stored / document["sizes"]["fp32"]
     print(
@@ -94,7 +97,7 @@ def _build(
         prepared,
         data,
         reconstruction=None if preset is None else qdiff_fx.ReconstructionConfig.preset(preset),
-        checkpoint_dir=folder.parent / "calibration-run",
+        checkpoint_dir=folder.parent / _RUN,
     )
     inspection = inspect_prepared(prepared)
     quantized = qdiff_fx.convert(prepared, release=True)
@@ -112,6 +115,14 @@ def _publish(source: Source, built: Path, out: Path) -> None:
     write_json(out / "calibration.json", read_json(built / "calibration.json"))
 
 
+def _discard(work: Path) -> None:
+    """Remove what this verb put into `work`, and the folder itself if nothing else is in it."""
+    for name in _WORK_FOLDERS:
+        shutil.rmtree(work / name, ignore_errors=True)
+    if not any(work.iterdir()):
+        work.rmdir()
+
+
 def _is_of(folder: Path, identity: str) -> bool:
     """Whether `folder` holds the finished result of this very run."""
     file = folder / "calibration.json"
@@ -120,12 +131,8 @@ def _is_of(folder: Path, identity: str) -> bool:
 
 def _identity(source: Source, config: QDiffConfig, data: CalibrationSet, arguments: Namespace) -> str:
     """SHA-256 over everything that the result depends on."""
-    digest = hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode())
-    digest.update(f"{arguments.reconstruction} {data.fingerprint}".encode())
-    for name, tensor in source.unet.state_dict().items():
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor_bytes(tensor))
-    return digest.hexdigest()
+    settings = json.dumps(config.to_dict(), sort_keys=True)
+    return tensors_digest(f"{settings}{arguments.reconstruction} {data.fingerprint}", source.unet.state_dict().items())
 
 
 def _data(source: Source, arguments: Namespace, work: Path) -> CalibrationSet:
@@ -138,5 +145,5 @@ def _data(source: Source, arguments: Namespace, work: Path) -> CalibrationSet:
         samples_per_timestep=arguments.samples,
         strategy=arguments.strategy,
         seed=arguments.seed,
-        path=work / "calibration",
+        path=work / _DATA,
     )
