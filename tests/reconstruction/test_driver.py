@@ -57,16 +57,13 @@ def test_steps_stay_positive_and_zero_points_and_weights_do_not_move(calibrated:
     before = copy.deepcopy({name: value for name, value in calibrated.graph_module.named_parameters()})
     zero_points = [int(quantizer.zero_point) for _, quantizer in activation_quantizers(calibrated.graph_module)]
     scales = _scales(calibrated)
-    results = run(calibrated, activation_learning_rate=0.03)
+    run(calibrated, activation_learning_rate=0.03)
     for name, value in calibrated.graph_module.named_parameters():
         assert torch.equal(value, before[name]) and value.grad is None, name
     after = [quantizer for _, quantizer in activation_quantizers(calibrated.graph_module)]
     assert [int(quantizer.zero_point) for quantizer in after] == zero_points
     assert all(float(quantizer.scale) > 0 and not quantizer.scale.requires_grad for quantizer in after)
-    # Steps that were learned for the worse are given up, so that they move just where a block keeps them.
-    kept = [result.kept for result in results if result.phase == "activations"]
-    assert kept
-    assert (scales != _scales(calibrated)) == any(kept)
+    assert scales != _scales(calibrated)
 
 
 def test_rounding_is_the_same_for_every_width_of_activations_and_steps_need_activations(
