@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from qdiff_fx import assets, evaluation
     from qdiff_fx.api import calibrate, convert, load, prepare, save, sensitivity
     from qdiff_fx.calibration import CalibrationSet
     from qdiff_fx.calibration.report import CalibrationReport
@@ -21,8 +22,10 @@ __all__ = [
     "QDiffConfig",
     "QuantizedUNet",
     "ReconstructionConfig",
+    "assets",
     "calibrate",
     "convert",
+    "evaluation",
     "load",
     "prepare",
     "save",
@@ -45,10 +48,14 @@ _HOMES = {
     "sensitivity": "qdiff_fx.api",
 }
 
+_SUBPACKAGES = ("assets", "evaluation")
+
 if not TYPE_CHECKING:  # type checkers see the imports above, and a misspelt name
 
     def __getattr__(name: str) -> Any:
         """A public name, imported at its first use: torch and diffusers take seconds; `qdiff-fx --help` does not."""
+        if name in _SUBPACKAGES:
+            return import_module(f"{__name__}.{name}")
         if name not in _HOMES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         value = getattr(import_module(_HOMES[name]), name)

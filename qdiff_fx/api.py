@@ -24,14 +24,16 @@ from qdiff_fx.calibration.driver import (
     fit_activations,
     fit_weights,
     layer_rows,
+    observed_maxima,
     quantizer_rows,
     reset,
 )
-from qdiff_fx.calibration.provenance import check_scheduler, noise_process
+from qdiff_fx.calibration.provenance import noise_process
 from qdiff_fx.calibration.report import CalibrationReport, quality_line
 from qdiff_fx.checkpoint import DEFAULT_SHARD_BYTES
+from qdiff_fx.checks import calibration_set, check_calibrate, check_carrier, check_prepare, check_stage
 from qdiff_fx.config import QDiffConfig
-from qdiff_fx.errors import ConfigError, ConversionError, InputError, NonFiniteError
+from qdiff_fx.errors import ConversionError
 from qdiff_fx.examples import example_call
 from qdiff_fx.fake_quantize import NoiseLevel, QuantizerMode
 from qdiff_fx.graph.capture import capture
@@ -39,8 +41,6 @@ from qdiff_fx.graph.edit import freeze_parameters, pruned, shared_copy
 from qdiff_fx.identity import digest, run_identity
 from qdiff_fx.kernels import select_backend
 from qdiff_fx.model import PreparedUNet, QuantizedUNet
-from qdiff_fx.numerics.spec import activation_spec
-from qdiff_fx.observers import create_observer
 from qdiff_fx.passes.base import PassContext, run_passes
 from qdiff_fx.passes.carrier import set_carrier
 from qdiff_fx.passes.convert import CONVERT
@@ -49,6 +49,7 @@ from qdiff_fx.reconstruction import ReconstructionConfig
 from qdiff_fx.stages import (
     decide,
     equalize_attentions,
+    fitting_anew,
     guard,
     hold_out,
     learn_blocks,
@@ -80,7 +81,7 @@ def prepare(
       CaptureError: if the module's Python cannot be captured; names the submodule and the reason.
     """
     config = QDiffConfig.preset("w4a8") if config is None else config
-    _check_prepare(unet, config)
+    check_prepare(unet, config)
     is_diffusers = isinstance(unet, ModelMixin) and "return_dict" in inspect.signature(unet.forward).parameters
     if example_inputs is None and example_kwargs is None:
         example_inputs, example_kwargs = example_call(unet)
@@ -139,28 +140,36 @@ def calibrate(
       CheckpointError: if `checkpoint_dir` holds a run of another model, config or calibration set.
       NonFiniteError: NaN or infinity in weights or activations, naming the layer.
     """
-    _check_stage(prepared, "calibrate")
-    if not isinstance(data, CalibrationSet):
-        data = CalibrationSet.from_samples(list(data))
-    check_data(data, prepared.signature, dict(prepared.config))
-    if scheduler is not None:
-        check_scheduler(data.metadata, scheduler)
+    data = check_calibrate(prepared, data, holdout, reconstruction, scheduler, batch_size)
+    with fitting_anew(prepared):
+        return _calibrate(prepared, data, holdout, reconstruction, checkpoint_dir, batch_size, progress)
+
+
+def _calibrate(
+    prepared: PreparedUNet,
+    data: CalibrationSet,
+    holdout: CalibrationSet | None,
+    reconstruction: ReconstructionConfig | None,
+    checkpoint_dir: str | Path | None,
+    batch_size: int,
+    progress: bool | None,
+) -> CalibrationReport:
+    """The stages of calibrate(), one after the other."""
     started = time.monotonic()
     config = prepared.qdiff_config
     data, held = hold_out(data, holdout, config.seed)
-    reset(prepared.graph_module)
     folded = equalize_attentions(prepared, data)
     folder = None if checkpoint_dir is None else Path(checkpoint_dir)
     observe_and_fit(prepared, data, batch_size, folder, progress)
+    maxima = observed_maxima(prepared.graph_module)
     decisions = decide(prepared, data, progress=progress)
     blocks = learn_blocks(prepared, data, reconstruction, batch_size, folder, progress) if reconstruction else ()
     prepared.set_mode(QuantizerMode.QUANTIZE)
     raises = decisions.raises
     if config.target_sqnr is not None:
         data, selection = hold_out(data, None, config.seed + 1)
-        raises += meet_target(prepared, data, selection, progress=progress)
-    quality = measure_quality(prepared, held)
-    prepared.calibrated = True
+        raises += meet_target(prepared, data, selection, folder, progress)
+    quality = measure_quality(prepared, held, progress=progress)
     report = CalibrationReport(
         samples=len(data),
         timesteps=data.timesteps,
@@ -168,6 +177,7 @@ def calibrate(
         scheduler=noise_process(data.metadata.get("scheduler") or {}),
         seconds=time.monotonic() - started,
         quantizers=tuple(quantizer_rows(prepared.graph_module)),
+        maxima=maxima,
         layers=tuple(layer_rows(prepared.graph_module)),
         reconstruction=tuple(block.to_dict() for block in blocks),
         factors=tuple(asdict(choice) for choice in (*folded, *decisions.factors)),
@@ -209,9 +219,8 @@ def sensitivity(
       CalibrationError: for an empty set or one of another model.
       CheckpointError: if `checkpoint_dir` holds figures of another model, config or set.
     """
-    _check_stage(prepared, "sensitivity")
-    if not isinstance(data, CalibrationSet):
-        data = CalibrationSet.from_samples(list(data))
+    check_stage(prepared, "sensitivity")
+    data = calibration_set(data)
     check_data(data, prepared.signature, dict(prepared.config))
     folder = None if checkpoint_dir is None else Path(checkpoint_dir)
     if not prepared.calibrated:
@@ -254,12 +263,15 @@ def convert(
       release: consume `prepared`: its floating weights are freed as they are packed, it cannot be used again.
 
     Raises:
-      ConversionError: for anything but what `prepare` returned.
+      ConversionError: for anything but what `prepare` returned; for an fp16 carrier where calibration saw |x| above
+        16,384, naming the tensor.
       CalibrationError: if an activation was never observed; names the first such node.
       BackendError: for an unknown or unavailable backend, or a fallback under `strict`.
     """
-    _check_stage(prepared, "convert")
+    check_stage(prepared, "convert")
     select_backend(backend, prepared.device.type)  # before anything is consumed
+    maxima = prepared.calibration.get("maxima") or observed_maxima(prepared.graph_module)
+    check_carrier(prepared.dtype if dtype is None else dtype, maxima)
     fit_activations(prepared.graph_module)
     fit_weights(prepared.graph_module)
     if not prepared.calibrated:
@@ -322,55 +334,11 @@ def load(
 
     Raises:
       CheckpointError: for a missing, damaged or edited file, or another format version; names the file and field.
-      BackendError: for an unknown or unavailable backend, or a fallback under `strict`.
+      BackendError: for an unknown or unavailable backend or device, or a fallback under `strict`.
     """
     quantized = QuantizedUNet.load(directory, backend, device=device, strict=strict)
     logger.info("%s: %s", directory, quality_line(quantized.calibration))
     return quantized
-
-
-def _check_prepare(unet: Any, config: Any) -> None:
-    if not isinstance(config, QDiffConfig):
-        raise ConfigError(f"config is a {type(config).__name__}: want a QDiffConfig, e.g. QDiffConfig.preset('w4a8')")
-    stage = getattr(unet, "qdiff_stage", None)
-    if stage is not None:
-        raise InputError(f"this model is {stage} already; prepare() takes the original full-precision module")
-    if not isinstance(unet, nn.Module):
-        inner = getattr(unet, "unet", None)
-        if isinstance(inner, nn.Module):
-            raise InputError(f"{type(unet).__name__} is a pipeline: pass its network, prepare(pipe.unet)")
-        raise InputError(f"prepare() takes an nn.Module, got a {type(unet).__name__}")
-    training = next((path or type(unet).__name__ for path, child in unet.named_modules() if child.training), None)
-    if training is not None:
-        raise InputError(f"{training} is in training mode; call .eval() on the whole model before prepare()")
-    adapted = next((path for path, child in unet.named_modules() if _is_unfused(child)), None)
-    if adapted is not None:
-        raise InputError(
-            f"{adapted} carries an adapter that is not fused into its weight; call pipe.fuse_lora() "
-            f"(or unet.fuse_lora()) before prepare(), or unload it"
-        )
-    for observer in (config.weight_observer, config.activation_observer):
-        create_observer(observer, activation_spec(8))
-    for name, parameter in unet.named_parameters():
-        if not parameter.is_meta and not bool(torch.isfinite(parameter).all()):
-            raise NonFiniteError(f"{name} holds NaN or infinity; repair the model before prepare()")
-
-
-def _is_unfused(module: nn.Module) -> bool:
-    """Whether this is a layer of an adapter library around the original: it has a base_layer and is not merged."""
-    return isinstance(getattr(module, "base_layer", None), nn.Module) and getattr(module, "merged", None) is False
-
-
-def _check_stage(prepared: Any, verb: str) -> None:
-    if isinstance(prepared, PreparedUNet) and prepared.qdiff_stage == "prepared":
-        return
-    if isinstance(prepared, QuantizedUNet):
-        raise ConversionError(f"{verb}() takes what prepare() returned; this model is converted already")
-    if isinstance(prepared, PreparedUNet):
-        raise ConversionError(f"{verb}(): this model was consumed by convert(release=True); prepare it again")
-    raise ConversionError(
-        f"{verb}() takes what prepare() returned, got a {type(prepared).__name__}; call prepared = prepare(unet) first"
-    )
 
 
 def _finish_short_way(prepared: PreparedUNet) -> None:

@@ -89,6 +89,7 @@ class QDiffConfig:
       weight_slack: share of uniform weight bytes that calibrate may spend on raising 4-bit layers to 8 bits.
       activation_slack: share of the multiplications whose inputs calibrate may keep in the carrier type.
       equalize: let calibrate fold channel factors into weights and activation steps where they lower a layer's error.
+      channel_shifts: let 4-bit weights take powers of two of those factors as shifts, up to 8x, exact in int8.
       target_sqnr: output SQNR in dB, median over timesteps, that calibrate reaches by raising layers; None is off.
       target_bytes: limit of the stored weights in bytes; calibrate spends up to it on raises; None is off.
       sample_input: name of the graph input that holds the noisy sample; None takes the first 4-D input.
@@ -106,6 +107,7 @@ class QDiffConfig:
     weight_slack: float = 0.06
     activation_slack: float = 0.02
     equalize: bool = True
+    channel_shifts: bool = True
     target_sqnr: float | None = None
     target_bytes: int | None = None
     rules: tuple[LayerRule, ...] = ()

@@ -45,6 +45,10 @@ class CheckpointError(QDiffError, RuntimeError):
     """A stored model, calibration set or checkpoint is missing, damaged or of another version."""
 
 
+class DiskError(CheckpointError):
+    """A file cannot be written: the disk is full, or the folder is not writable."""
+
+
 class BackendError(QDiffError, RuntimeError):
     """A backend is unknown or cannot run on this machine."""
 

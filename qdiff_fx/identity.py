@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from torch import Tensor
 
 from qdiff_fx.calibration import CalibrationSet
+from qdiff_fx.config import QDiffConfig
 from qdiff_fx.model import PreparedUNet
 from qdiff_fx.safe_io import tensor_bytes
 
@@ -32,7 +33,14 @@ def tensors_digest(text: str, tensors: Iterable[tuple[str, Tensor]]) -> str:
     return result.hexdigest()
 
 
+def config_digest(config: QDiffConfig) -> str:
+    """SHA-256 of what a config asks for before the quality target: another target finds the same learned rounding."""
+    settings = config.to_dict()
+    del settings["target_sqnr"]
+    return digest(json.dumps(settings, sort_keys=True))
+
+
 def run_identity(prepared: PreparedUNet, data: CalibrationSet, batch_size: int) -> str:
     """SHA-256 over what an observation depends on: graph, weights, config, data and order."""
-    config = json.dumps(prepared.qdiff_config.to_dict(), sort_keys=True)
+    config = config_digest(prepared.qdiff_config)
     return digest(f"{config} {batch_size} {data.fingerprint} {model_digest(prepared)}")

@@ -21,7 +21,7 @@ from qdiff_fx.graph.outputs import OutputStructure
 from qdiff_fx.graph.signature import CallSignature
 from qdiff_fx.graph.skeleton import build_skeleton, output_class, readable
 from qdiff_fx.graph.tokens import set_device
-from qdiff_fx.kernels import select_backend
+from qdiff_fx.kernels import select_backend, usable_device
 from qdiff_fx.lowering import LoweringReport, lower
 from qdiff_fx.passes.base import PassResult
 from qdiff_fx.safe_io import write_bytes
@@ -277,7 +277,7 @@ class QuantizedUNet(GraphUNet):
         cls, folder: str | Path, backend: str = "auto", *, device: str | torch.device = "cpu", strict: bool = False
     ) -> Self:
         """The model that `save` wrote. See `qdiff_fx.load`."""
-        model = read_model(Path(folder), torch.device(device))
+        model = read_model(Path(folder), usable_device(device))
         return cls(
             model.plan,
             model.config,

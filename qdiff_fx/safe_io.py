@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from qdiff_fx.errors import CheckpointError
+from qdiff_fx.errors import CheckpointError, DiskError
 
 _Kind = TypeVar("_Kind")
 
@@ -35,7 +35,7 @@ def replacing(path: Path, *, durable: bool = True) -> Iterator[Path]:
       path: the file; its folder is made if needed.
       durable: wait until the disk has it, so that it survives a power cut; False for scratch files.
 
-    Raises: CheckpointError if the folder or the file cannot be written.
+    Raises: DiskError if the folder or the file cannot be written.
     """
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_PARTIAL_SUFFIX}")
     try:
@@ -50,7 +50,7 @@ def replacing(path: Path, *, durable: bool = True) -> Iterator[Path]:
         if durable:
             _flush_to_disk(path.parent)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(
+        raise DiskError(
             f"{path}: cannot be written ({error}); nothing was replaced; free space or choose another folder"
         ) from error
     finally:

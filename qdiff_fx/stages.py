@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,17 @@ from qdiff_fx.allocation.allocate import allocate
 from qdiff_fx.allocation.attention_factors import fold_attention_factors
 from qdiff_fx.allocation.channel_factors import FactorChoice, choose_channel_factors
 from qdiff_fx.allocation.estimate import ErrorEstimate, estimate_errors
-from qdiff_fx.allocation.target import ranked_raises, reach_target
+from qdiff_fx.allocation.kept_figures import KeptFigures
+from qdiff_fx.allocation.target import MAXIMUM_EVALUATIONS, ranked_raises, reach_target
 from qdiff_fx.allocation.units import input_units, weight_units
-from qdiff_fx.calibration import CalibrationSet
-from qdiff_fx.calibration.driver import fit_activations, fit_weights, observe
+from qdiff_fx.calibration import CalibrationBatch, CalibrationSet
+from qdiff_fx.calibration.driver import fit_activations, fit_weights, observe, reset
+from qdiff_fx.calibration.progress import progress_bar
 from qdiff_fx.errors import QDiffWarning
 from qdiff_fx.evaluation.quality import SqnrResult, output_sqnr
 from qdiff_fx.fake_quantize import QuantizerMode
 from qdiff_fx.graph.edit import shared_copy
-from qdiff_fx.identity import digest, model_digest, run_identity
+from qdiff_fx.identity import config_digest, digest, model_digest, run_identity, tensors_digest
 from qdiff_fx.model import PreparedUNet
 from qdiff_fx.passes.base import PassContext
 from qdiff_fx.passes.prepare.raises import ApplyRaises, Raise
@@ -35,6 +37,9 @@ logger = logging.getLogger(__name__)
 HOLDOUT_SHARE = 0.1
 GUARD_DB = 10.0
 """Output SQNR below which a result is called doubtful."""
+
+TARGET_FILE = "target.json"
+"""What calibrate() keeps of its quality target in the checkpoint folder."""
 
 _EVALUATION_BATCH = 32
 
@@ -52,6 +57,20 @@ class Decisions:
     factors: tuple[FactorChoice, ...] = ()
     raises: tuple[Raise, ...] = ()
     estimate: ErrorEstimate | None = None
+
+
+@contextmanager
+def fitting_anew(prepared: PreparedUNet) -> Iterator[None]:
+    """Every quantizer starts from nothing, and ends there too if the block fails: half a fit cannot be converted."""
+    reset(prepared.graph_module)
+    prepared.calibrated, prepared.calibration = False, {}
+    try:
+        yield
+    except BaseException:
+        reset(prepared.graph_module)
+        prepared.set_mode(QuantizerMode.OBSERVE)
+        raise
+    prepared.calibrated = True
 
 
 def hold_out(data: CalibrationSet, holdout: CalibrationSet | None, seed: int) -> tuple[CalibrationSet, CalibrationSet]:
@@ -100,7 +119,9 @@ def decide(prepared: PreparedUNet, data: CalibrationSet, *, progress: bool | Non
     config, graph_module, signature = prepared.qdiff_config, prepared.graph_module, prepared.signature
     factors: tuple[FactorChoice, ...] = ()
     if config.equalize and input_units(graph_module):
-        factors = choose_channel_factors(graph_module, signature, data, seed=config.seed, progress=progress)
+        factors = choose_channel_factors(
+            graph_module, signature, data, shifts=config.channel_shifts, seed=config.seed, progress=progress
+        )
     spends = config.weight_slack > 0 or config.target_bytes is not None
     raisable = spends and any(unit.quantizer.spec.bits < 8 for unit in weight_units(graph_module))
     if not raisable and not (config.activation_slack > 0 and input_units(graph_module)):
@@ -139,7 +160,7 @@ def learn_blocks(
         config,
         identity={
             "model": model_digest(prepared),
-            "quantization config": digest(json.dumps(prepared.qdiff_config.to_dict(), sort_keys=True)),
+            "quantization config": config_digest(prepared.qdiff_config),
             "calibration set": digest(f"{data.fingerprint} {batch_size}"),
         },
         checkpoint_dir=None if folder is None else folder / "blocks",
@@ -148,9 +169,16 @@ def learn_blocks(
 
 
 def meet_target(
-    prepared: PreparedUNet, data: CalibrationSet, selection: CalibrationSet, *, progress: bool | None
+    prepared: PreparedUNet,
+    data: CalibrationSet,
+    selection: CalibrationSet,
+    folder: Path | None,
+    progress: bool | None,
 ) -> tuple[Raise, ...]:
     """Raise quantizers until the median SQNR over timesteps on `selection` reaches `config.target_sqnr`.
+
+    With a folder the measured figures are kept there: they hold for every target, so a killed run or another target
+    measures only what is new.
 
     Raises: CalibrationError with the best figure if the target is out of reach.
     """
@@ -159,22 +187,39 @@ def meet_target(
     estimate = estimate_errors(prepared.graph_module, prepared.signature, data, seed=config.seed, progress=progress)
     ranked = ranked_raises(prepared.graph_module, estimate)
     original = prepared.graph_module
+    identity = "" if folder is None else _target_identity(prepared, selection, ranked)
+    figures = KeptFigures(None if folder is None else folder / TARGET_FILE, identity)
+
+    bar = progress_bar("target", total=MAXIMUM_EVALUATIONS, progress=progress)
 
     def measure(raises: Sequence[Raise]) -> float:
-        prepared.graph_module = shared_copy(original)
-        _apply(prepared, prepared.graph_module, tuple(raises))
-        try:
-            return measure_quality(prepared, selection).median_db
-        finally:
-            prepared.graph_module = original
+        key = str(len(raises))
+        if key not in figures:
+            prepared.graph_module = shared_copy(original)
+            _apply(prepared, prepared.graph_module, tuple(raises))
+            try:
+                figures[key] = measure_quality(prepared, selection).median_db
+            finally:
+                prepared.graph_module = original
+        bar.update(1)
+        return figures[key]
 
-    result = reach_target(ranked, measure, config.target_sqnr)
+    with bar:
+        result = reach_target(ranked, measure, config.target_sqnr)
     _apply(prepared, original, result.raises)
     logger.info("target_sqnr reached with %d raises after %d evaluations", len(result.raises), result.evaluations)
     return result.raises
 
 
-def measure_quality(prepared: PreparedUNet, held: CalibrationSet) -> SqnrResult:
+def _target_identity(prepared: PreparedUNet, selection: CalibrationSet, ranked: Sequence[Raise]) -> str:
+    """SHA-256 over what the figures of a target depend on: weights, grids, learned rounding, samples and the order."""
+    order = digest(" ".join(f"{item.kind} {item.target} {item.bits}" for item in ranked))
+    config = config_digest(prepared.qdiff_config)
+    grids = tensors_digest(prepared.graph_module.code, prepared.graph_module.state_dict().items())
+    return digest(f"{config} {selection.fingerprint} {order} {grids}")
+
+
+def measure_quality(prepared: PreparedUNet, held: CalibrationSet, *, progress: bool | None = False) -> SqnrResult:
     """Output SQNR of the simulated quantized network against full precision.
 
     Raises: NonFiniteError if an output is not finite.
@@ -187,10 +232,17 @@ def measure_quality(prepared: PreparedUNet, held: CalibrationSet) -> SqnrResult:
 
         return call
 
-    batches = held.batches(_EVALUATION_BATCH)
-    result = output_sqnr(in_mode(QuantizerMode.PASS), in_mode(QuantizerMode.QUANTIZE), batches)
+    with progress_bar("quality", total=len(held), progress=progress) as bar:
+        batches = _counted(held.batches(_EVALUATION_BATCH), bar)
+        result = output_sqnr(in_mode(QuantizerMode.PASS), in_mode(QuantizerMode.QUANTIZE), batches)
     prepared.set_mode(QuantizerMode.QUANTIZE)
     return result
+
+
+def _counted(batches: Iterable[CalibrationBatch], bar: Any) -> Iterator[CalibrationBatch]:
+    for batch in batches:
+        yield batch
+        bar.update(batch.size)
 
 
 def guard(quality: SqnrResult, decisions: Decisions, prepared: PreparedUNet) -> bool:
@@ -206,7 +258,7 @@ def guard(quality: SqnrResult, decisions: Decisions, prepared: PreparedUNet) -> 
         f"median over timesteps (want {GUARD_DB:g}); worst timestep {worst:g}; worst layers: {layers}; "
         f"set QDiffConfig(target_sqnr=20.0), or more weight_slack or activation_slack",
         QDiffWarning,
-        stacklevel=3,
+        stacklevel=4,  # the caller of calibrate()
     )
     return False
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -159,6 +160,57 @@ def test_a_calibration_set_of_another_model_is_refused(
         capsys, "quantize", str(model), "--calibration", str(tmp_path / "set"), "--out", str(tmp_path / "out")
     )
     assert "collected from another model" in line
+
+
+def test_a_calibration_set_of_another_scheduler_is_refused(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(model / "unet", other / "unet")
+    DDIMScheduler(prediction_type="v_prediction").save_pretrained(other / "scheduler")
+    sizes = ["--steps", "2", "--timesteps", "2", "--samples", "2"]
+    assert main(["collect", str(other), "--out", str(tmp_path / "set"), *sizes]) == 0
+    line = error_line(
+        capsys, "quantize", str(model), "--calibration", str(tmp_path / "set"), "--out", str(tmp_path / "out")
+    )
+    assert "collected with another scheduler: prediction_type='v_prediction' there" in line
+
+
+@pytest.mark.parametrize("verb", ["collect", "quantize"])
+def test_a_file_where_the_result_should_go_is_told_before_the_work(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], verb: str
+) -> None:
+    (tmp_path / "taken").write_text("mine")
+    line = error_line(capsys, verb, str(model), "--out", str(tmp_path / "taken" / "inside"))
+    assert line.endswith(f"{tmp_path / 'taken'} is a file; choose another folder")
+    assert (tmp_path / "taken").read_text() == "mine"
+
+
+def test_a_damaged_context_file_is_told(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "context.safetensors").write_bytes(b"no tensors")
+    line = error_line(capsys, "inspect", str(model), "--context", str(tmp_path / "context.safetensors"))
+    assert "context.safetensors: cannot be read as safetensors" in line
+
+
+def test_a_model_with_nan_is_bad_input_and_a_full_disk_a_failure(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = unconditional_unet()
+    with torch.no_grad():
+        broken.conv_in.weight[0] = torch.nan
+    broken.save_pretrained(tmp_path / "unet")
+    shutil.copytree(model / "scheduler", tmp_path / "scheduler")
+    assert "conv_in: its output at timestep" in error_line(
+        capsys, "collect", str(tmp_path), "--out", str(tmp_path / "s")
+    )
+
+    def full(*arguments: object, **options: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("qdiff_fx.safe_io.save_file", full)
+    sizes = ["--steps", "2", "--timesteps", "2", "--samples", "2"]
+    assert main(["collect", str(model), "--out", str(tmp_path / "set"), *sizes]) == 1
+    assert "No space left on device" in capsys.readouterr().err
 
 
 def test_a_conditional_model_without_contexts_says_how_to_pass_them(

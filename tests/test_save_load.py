@@ -122,6 +122,12 @@ def test_save_wants_a_converted_model(sketch: nn.Module, preparer: Any, tmp_path
             qdiff_fx.save(model, tmp_path)
 
 
+@pytest.mark.parametrize("device", ["cuda:99", "nowhere"])
+def test_load_wants_a_device_that_is_there(stored: Path, device: str) -> None:
+    with pytest.raises(BackendError, match=f"device '{device}' cannot be used here: .*; want 'cpu' or a device"):
+        qdiff_fx.load(stored, device=device)
+
+
 def test_load_wants_a_known_backend(stored: Path) -> None:
     with pytest.raises(BackendError, match="backend 'abacus'"):
         qdiff_fx.load(stored, backend="abacus")

@@ -6,8 +6,9 @@ At run time it costs nothing (the quantize step multiplies with a vector instead
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, fx
@@ -57,6 +58,7 @@ def choose_channel_factors(
     signature: CallSignature,
     data: CalibrationSet,
     *,
+    shifts: bool = True,
     samples: int = 96,
     seed: int = 0,
     progress: bool | None = False,
@@ -67,6 +69,9 @@ def choose_channel_factors(
     quantized, on `samples` rows evenly over the timesteps. Quantizers must be fitted; winners are fitted anew. Layers
     that share a tensor share its factor, but for those whose error falls by more than `OWN_STEP_GAIN_DB` with a
     quantize step of their own.
+
+    Args:
+      shifts: also try candidates with channel shifts at 4-bit weights.
 
     Left alone: inputs of layers in the carrier type, weights that several calls share, attention operands.
     """
@@ -81,7 +86,9 @@ def choose_channel_factors(
 
         def on_input(target: str, quantizer: ActivationQuantizer, x: Tensor) -> Tensor:
             if readers.get(target):
-                choices.extend(_choose(quantizer, readers[target], x, alone))
+                choices.extend(
+                    _choose(partial(search_factor, quantizer, x, shifts=shifts), quantizer, readers[target], x, alone)
+                )
             bar.update(1)
             return x
 
@@ -107,14 +114,18 @@ class _Alone:
 
 
 def _choose(
-    quantizer: ActivationQuantizer, readers: Sequence[Reader], x: Tensor, alone: list[_Alone]
+    search: Callable[[Sequence[Reader]], Found],
+    quantizer: ActivationQuantizer,
+    readers: Sequence[Reader],
+    x: Tensor,
+    alone: list[_Alone],
 ) -> Iterator[FactorChoice]:
-    """Install the best common factor of a tensor's readers; those that leave are added to `alone`."""
-    common = search_factor(quantizer, readers, x)
+    """Install the best common factor that `search` finds for a tensor's readers; those that leave go to `alone`."""
+    common = search(readers)
     leaving: dict[int, Found] = {}
     if len(readers) > 1:
         for index, reader in enumerate(readers):
-            own = search_factor(quantizer, (reader,), x)
+            own = search((reader,))
             target = layer_output(reader.call, x, reader.weight)
             shared = Errors.of((reader,), (target,), x, common.rounded, common.fitted[index : index + 1])
             if own.errors.score * 10.0 ** (OWN_STEP_GAIN_DB / 10.0) < shared.score:
@@ -123,7 +134,7 @@ def _choose(
         leaving.pop(0)  # one of them keeps the step that is there
     staying = tuple(reader for index, reader in enumerate(readers) if index not in leaving)
     if leaving:
-        common = search_factor(quantizer, staying, x)
+        common = search(staying)
     for index, found in leaving.items():
         alone.append(_Alone(reader=readers[index], found=found))
         yield _choice(quantizer, (readers[index],), found, own_step=True)

@@ -163,8 +163,14 @@ def install_factor(
         reader.quantizer.scale, reader.quantizer.zero_point = item.scale, item.zero_point
 
 
-def search_factor(quantizer: ActivationQuantizer, readers: Sequence[Reader], x: Tensor) -> Found:
-    """Judge every candidate for the tensor `x` by what `readers` make of it; "off" wins ties. Nothing is installed."""
+def search_factor(
+    quantizer: ActivationQuantizer, x: Tensor, readers: Sequence[Reader], *, shifts: bool = True
+) -> Found:
+    """Judge every candidate for the tensor `x` by what `readers` make of it; "off" wins ties. Nothing is installed.
+
+    Args:
+      shifts: also try candidates with channel shifts where a reader has 4-bit weights.
+    """
     axis = quantizer.channel_axis % x.ndim
     targets = [layer_output(reader.call, x, reader.weight) for reader in readers]
     plain = tuple(reader.quantizer for reader in readers)
@@ -185,20 +191,20 @@ def search_factor(quantizer: ActivationQuantizer, readers: Sequence[Reader], x: 
         errors = Errors.of(readers, [y[rows] for y in targets], x[rows], rounded, fitted)
         return Found(candidate=candidate, off=off, errors=errors, rounded=rounded, qparams=qparams, fitted=fitted)
 
-    best = min(_candidates(quantizer, readers), key=lambda item: judge(item, coarse=True).errors.score)
+    best = min(_candidates(quantizer, readers, shifts), key=lambda item: judge(item, coarse=True).errors.score)
     found = judge(best, coarse=False)
     if found.errors.score < off.score and found.errors.joint <= off.joint:
         return found
     return Found(candidate=None, off=off, errors=off, rounded=rounded_plain, qparams=None, fitted=plain)
 
 
-def _candidates(quantizer: ActivationQuantizer, readers: Sequence[Reader]) -> Iterator[Candidate]:
+def _candidates(quantizer: ActivationQuantizer, readers: Sequence[Reader], shifts: bool) -> Iterator[Candidate]:
     maxima = torch.stack([input_channel_maxima(reader) for reader in readers]).amax(dim=0)
     has_w4 = any(reader.quantizer.spec.bits <= 4 for reader in readers)
     for exponent in EXPONENTS:
         factor = smoothing_factor(quantizer.statistics.channel_maxima.to(maxima.device), maxima, exponent)
         yield Candidate(factor=factor, shift=None, exponent=exponent)
-        if has_w4:
+        if shifts and has_w4:
             yield Candidate(factor=factor, shift=channel_shifts(factor), exponent=exponent)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -13,11 +12,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from qdiff_fx.allocation.estimate import ErrorEstimate
+from qdiff_fx.allocation.kept_figures import KeptFigures
 from qdiff_fx.allocation.probe import flat_inputs, spread_rows
 from qdiff_fx.allocation.units import InputUnit, WeightUnit, input_units, weight_units
 from qdiff_fx.calibration import CalibrationSet
 from qdiff_fx.calibration.progress import progress_bar
-from qdiff_fx.errors import CheckpointError
 from qdiff_fx.fake_quantize import (
     ActivationQuantizer,
     AttentionQuantizer,
@@ -29,7 +28,6 @@ from qdiff_fx.fake_quantize import (
 from qdiff_fx.graph.meta import BLOCK
 from qdiff_fx.graph.signature import CallSignature
 from qdiff_fx.passes.analysis import blocks
-from qdiff_fx.safe_io import read_json, write_json
 
 PROGRESS_FILE = "sensitivity.json"
 _SAVED_EVERY = 10
@@ -135,8 +133,9 @@ def measure_sensitivity(
     rows = spread_rows(data, samples, seed)
     batches = [flat_inputs(data, part, signature, device) for part in torch.split(rows, batch_size)]
     file = None if checkpoint_dir is None else checkpoint_dir / PROGRESS_FILE
-    errors = {} if file is None else _resume(file, identity)
+    errors = KeptFigures(file, identity, save_every=_SAVED_EVERY)
     with (
+        errors.saved(),
         preserved_modes(graph_module),
         torch.no_grad(),
         progress_bar("sensitivity", total=len(subjects), progress=progress) as bar,
@@ -149,11 +148,7 @@ def measure_sensitivity(
                 outputs = [_first(graph_module(*batch)) for batch in batches]
                 _switch(subject.modules, QuantizerMode.PASS)
                 errors[subject.key] = _error(references, outputs)
-                if file is not None and len(errors) % _SAVED_EVERY == 0:
-                    write_json(file, {"identity": identity, "errors": errors})
             bar.update(1)
-    if file is not None:
-        write_json(file, {"identity": identity, "errors": errors})
     measured = [
         SensitivityRow(
             kind=subject.kind,
@@ -247,17 +242,3 @@ def _error(references: Sequence[Tensor], outputs: Sequence[Tensor]) -> float:
 def _first(output: Any) -> Tensor:
     result: Tensor = output[0] if isinstance(output, (tuple, list)) else output
     return result
-
-
-def _resume(file: Path, identity: str) -> dict[str, float]:
-    if not file.exists():
-        return {}
-    stored = read_json(file)
-    if stored.get("identity") != identity:
-        raise CheckpointError(
-            f"{file} belongs to another model, config or calibration set; delete it or pass another checkpoint_dir"
-        )
-    errors = stored.get("errors")
-    if not isinstance(errors, dict) or not all(isinstance(value, float) for value in errors.values()):
-        raise CheckpointError(f"{file}: 'errors' is {json.dumps(errors)[:60]}, want a number a unit; delete the file")
-    return dict(errors)

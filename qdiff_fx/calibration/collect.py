@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from qdiff_fx.calibration.collection import Collection
 from qdiff_fx.calibration.conditions import draw_rows
+from qdiff_fx.calibration.non_finite import first_non_finite
 from qdiff_fx.calibration.shard import Shard
 from qdiff_fx.calibration.split_call import CallRows, parameter_names, split_call
 from qdiff_fx.calibration.storage import INDEX, Index, check_free, make_shard, read_index, remove_unlisted, write_index
@@ -156,6 +157,12 @@ def _predict(unet: nn.Module, sample: torch.Tensor, timestep: torch.Tensor, cond
         ) from error
     output = output if isinstance(output, torch.Tensor) else output[0]
     assert isinstance(output, torch.Tensor)
+    if not bool(torch.isfinite(output).all()):
+        layer = first_non_finite(unet, (sample, timestep), conditions) or type(unet).__name__
+        raise NonFiniteError(
+            f"{layer}: its output at timestep {float(timestep):g} holds NaN or infinity; check its weights, "
+            f"and the model's dtype {sample.dtype}"
+        )
     return output
 
 

@@ -111,6 +111,15 @@ def weight_quantizers(graph_module: fx.GraphModule) -> Iterator[tuple[WeightQuan
                 yield module, get_tensor(graph_module, source.target)
 
 
+def observed_maxima(graph_module: fx.GraphModule) -> dict[str, float]:
+    """Largest |x| of every tensor that was observed, by the name of its quantizer."""
+    return {
+        quantizer.name: float(quantizer.statistics.channel_maxima.max())
+        for _, quantizer in activation_quantizers(graph_module)
+        if quantizer.statistics.channel_maxima.numel()
+    }
+
+
 def check_data(data: CalibrationSet, signature: CallSignature, model_config: dict[str, Any]) -> None:
     """Raise CalibrationError unless `data` are calls of a model with this signature and config."""
     if len(data) == 0:

@@ -19,6 +19,7 @@ class CalibrationReport:
       seconds: wall time.
       quantizers: a row an activation quantizer: name, bits, scale, zero_point, minimum, maximum, channel_maxima,
         by_timestep ([timestep, minimum, maximum] each).
+      maxima: largest |x| of every tensor that was observed, by name; kept for inputs that went to the carrier type too.
       layers: a row a layer: name, operator, weight_bits, activation_bits, reason.
       reconstruction: a row a block and phase: name, iterations, losses before and after, seconds; empty without.
       factors: a row a tensor whose channel factors were searched: layers, exponent (None: off), shifted, gain_db.
@@ -32,6 +33,7 @@ class CalibrationReport:
     seconds: float
     quantizers: tuple[dict[str, Any], ...]
     layers: tuple[dict[str, Any], ...]
+    maxima: dict[str, float] = field(default_factory=dict)
     reconstruction: tuple[dict[str, Any], ...] = ()
     factors: tuple[dict[str, Any], ...] = ()
     raises: tuple[dict[str, Any], ...] = ()
@@ -40,13 +42,12 @@ class CalibrationReport:
 
     def summary(self) -> dict[str, Any]:
         """What goes into a saved model's plan."""
-        maxima = {row["name"]: max(abs(row["minimum"]), abs(row["maximum"])) for row in self.quantizers}
         return {
             "samples": self.samples,
             "timesteps": list(self.timesteps),
             "fingerprint": self.fingerprint,
             "scheduler": self.scheduler,
-            "maxima": maxima,
+            "maxima": self.maxima,
             "raises": list(self.raises),
             "quality": self.quality,
         }

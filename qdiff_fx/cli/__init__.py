@@ -12,7 +12,17 @@ import warnings
 from collections.abc import Mapping, Sequence
 
 from qdiff_fx.cli.parser import OneLineParser
-from qdiff_fx.errors import BackendError, CalibrationError, CheckpointError, ConfigError, InputError, QDiffWarning
+from qdiff_fx.errors import (
+    BackendError,
+    CalibrationError,
+    CaptureError,
+    CheckpointError,
+    ConfigError,
+    DiskError,
+    InputError,
+    NonFiniteError,
+    QDiffWarning,
+)
 
 VERBS: Mapping[str, str] = {
     "demo": "everything on the bundled model: quantize, sample, measure, report.html",
@@ -30,6 +40,8 @@ _BAD_INPUT = (
     InputError,
     CheckpointError,
     CalibrationError,
+    CaptureError,
+    NonFiniteError,
     BackendError,
     FileNotFoundError,
     NotADirectoryError,
@@ -69,8 +81,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             traceback.print_exc()
         print(f"qdiff-fx {verb}: {_one_line(error)}", file=sys.stderr)
-        return 2 if isinstance(error, _BAD_INPUT) or _missing_extra(error) else 1
+        return 2 if _is_bad_input(error) or _missing_extra(error) else 1
     return 0
+
+
+def _is_bad_input(error: BaseException) -> bool:
+    """Whether the user can mend it by another command; a full disk is a failure of the machine."""
+    return isinstance(error, _BAD_INPUT) and not isinstance(error, DiskError)
 
 
 def _top_parser() -> OneLineParser:

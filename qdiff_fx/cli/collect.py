@@ -6,7 +6,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from qdiff_fx.calibration.timesteps import STRATEGIES
-from qdiff_fx.cli.parser import OneLineParser, positive, verb_parser
+from qdiff_fx.cli.parser import OneLineParser, future_folder, positive, verb_parser
 from qdiff_fx.cli.sources import add_source_arguments, open_source, require_full_precision
 
 
@@ -35,6 +35,7 @@ def parser() -> OneLineParser:
 
 def run(arguments: Namespace) -> None:
     """Collect, and say what came."""
+    future_folder(arguments.out)
     source = require_full_precision(open_source(arguments.model, context=arguments.context))
     data = source.collect(
         guidance_scale=arguments.guidance,

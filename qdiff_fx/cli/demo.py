@@ -104,7 +104,7 @@ def run(arguments: Namespace) -> None:
         )
     with demo.stage("full-precision trajectories"):
         sampler = demo.source.sampler(demo.noise, steps=demo.steps, guidance_scale=1.0, keep_steps=True)
-        yardstick = Yardstick(demo.source.unet, sampler, num_timesteps=_HELDOUT_TIMESTEPS)
+        yardstick = Yardstick(demo.source.unet, sampler, num_timesteps=_HELDOUT_TIMESTEPS, num_calls=demo.steps)
     _show(demo, "FP32", "full precision", demo.source.unet)
     for arm in ARMS:
         quantizers = _measure_arm(demo, arm, data, yardstick)  # of the last arm: split, one grid a tensor

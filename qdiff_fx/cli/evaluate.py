@@ -50,7 +50,7 @@ def run(arguments: Namespace) -> None:
         )
     noise = source.noise(arguments.samples, arguments.seed)
     sampler = source.sampler(noise, steps=arguments.steps, guidance_scale=arguments.guidance, keep_steps=True)
-    yardstick = Yardstick(source.unet, sampler, num_timesteps=arguments.timesteps)
+    yardstick = Yardstick(source.unet, sampler, num_timesteps=arguments.timesteps, num_calls=arguments.steps)
     measurement = yardstick.measure(quantized.unet, arguments.quantized)
     classified = arguments.model in BUNDLED
     row = table_row("ours", arguments.quantized, "as stored", measurement, classified=classified)

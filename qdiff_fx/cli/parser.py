@@ -44,3 +44,11 @@ def output_folder(path: Path) -> Path:
     except OSError as error:
         raise ConfigError(f"--out {path}: cannot be made ({error.strerror}); choose another folder") from error
     return path
+
+
+def future_folder(path: Path, option: str = "--out") -> Path:
+    """`path`, which is a folder or will be one; nothing is made. Raises ConfigError if a file is in the way."""
+    blocker = next((item for item in (path, *path.parents) if item.exists()), None)
+    if blocker is not None and not blocker.is_dir():
+        raise ConfigError(f"{option} {path}: {blocker} is a file; choose another folder")
+    return path

@@ -10,7 +10,7 @@ from pathlib import Path
 import qdiff_fx
 from qdiff_fx.calibration import CalibrationSet
 from qdiff_fx.cli.collect import add_collect_arguments
-from qdiff_fx.cli.parser import OneLineParser, verb_parser
+from qdiff_fx.cli.parser import OneLineParser, future_folder, verb_parser
 from qdiff_fx.cli.sources import (
     Source,
     add_source_arguments,
@@ -61,6 +61,9 @@ def run(arguments: Namespace) -> None:
     Raises: QualityError if the output is ruined and `--accept-quality` is not given; the work is kept.
     """
     config = QDiffConfig.preset(arguments.preset, target_sqnr=arguments.target_sqnr)
+    future_folder(arguments.out)
+    if arguments.checkpoint_dir is not None:
+        future_folder(arguments.checkpoint_dir, "--checkpoint-dir")
     source = require_full_precision(open_source(arguments.model, context=arguments.context))
     work: Path = arguments.checkpoint_dir or arguments.out.with_name(arguments.out.name + ".work")
     data = _data(source, arguments, work)
@@ -98,6 +101,7 @@ def _build(
         data,
         reconstruction=None if preset is None else qdiff_fx.ReconstructionConfig.preset(preset),
         checkpoint_dir=folder.parent / _RUN,
+        scheduler=source.scheduler,
     )
     inspection = inspect_prepared(prepared)
     quantized = qdiff_fx.convert(prepared, release=True)

@@ -11,6 +11,7 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import ModelMixin
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -203,7 +204,10 @@ def _diffusers_class(config: Path) -> Any:
 def _load_context(path: Path) -> Tensor:
     if not path.is_file():
         raise InputError(f"--context {path}: no such file")
-    tensors = load_file(path)
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: cannot be read as safetensors ({error}); write it again") from error
     context = tensors.get("context")
     if context is None or context.dim() != 3 or len(context) < 2:
         raise InputError(f"{path}: want a tensor 'context' [N, T, D] of 2 rows or more, the empty prompt last")

@@ -61,17 +61,24 @@ class Yardstick:
       sample: the sampler; the inputs that it gives to `reference` are the held-out set, so its noise must come from
         another seed than the calibration set's.
       num_timesteps: calls kept as held-out set, evenly spaced, the first and the last included.
+      num_calls: calls of the network that a sampling takes, for the first bar's ETA; None if not known.
       progress: show bars; None does so on a terminal.
 
     Raises: InputError if the sampler keeps no steps.
     """
 
     def __init__(
-        self, reference: Network, sample: Sampler, *, num_timesteps: int = 20, progress: bool | None = None
+        self,
+        reference: Network,
+        sample: Sampler,
+        *,
+        num_timesteps: int = 20,
+        num_calls: int | None = None,
+        progress: bool | None = None,
     ) -> None:
         self._sample, self._progress = sample, progress
         calls: list[HeldoutCall] = []
-        with _Watched(reference, "full precision", progress, on_call=calls.append) as watched:
+        with _Watched(reference, "full precision", progress, total=num_calls, on_call=calls.append) as watched:
             self.reference: Trajectory = sample(watched)
         if not self.reference.steps:
             raise InputError("the sampler keeps no steps; pass keep_steps=True to it")

@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping
 
+import torch
+
 from qdiff_fx.errors import BackendError
 from qdiff_fx.kernels import ops as ops  # registers the qdiff:: operators
 from qdiff_fx.kernels.backend import Backend
@@ -32,3 +34,15 @@ def select_backend(name: str, device: str) -> Backend:
     if reason is not None:
         raise BackendError(f"backend {name!r} cannot run here: {reason}")
     return BACKENDS[name]
+
+
+def usable_device(device: str | torch.device) -> torch.device:
+    """`device`, once a tensor could be made there. Raises BackendError with the reason if none can."""
+    try:
+        torch.empty(0, device=device)
+        return torch.device(device)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA raises the latter
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise BackendError(
+            f"device {str(device)!r} cannot be used here: {reason}; want 'cpu' or a device of this torch"
+        ) from error

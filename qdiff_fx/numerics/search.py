@@ -77,12 +77,15 @@ def _errors(rows: Tensor, scales: Tensor, zero_points: Tensor, spec: QuantSpec, 
         part = slice(row, row + height)
         for column in range(0, count, width):
             block = rows[part, column : column + width].to(torch.float32)
-            distance = torch.empty_like(block)
-            for index in range(scales.shape[0]):
+            # A narrow layer's candidates share a block: 80 small calls would cost more than the arithmetic.
+            together = max(1, _BLOCK_VALUES // block.numel())
+            for first in range(0, scales.shape[0], together):
+                some = slice(first, first + together)
                 # quantize() and dequantize() of numerics.affine, operation by operation, in one buffer.
-                scale, offset = scales[index, part, None], offsets[index, part, None]
-                torch.mul(block, inv_scales[index, part, None], out=distance)
+                scale, offset = scales[some, part, None], offsets[some, part, None]
+                distance = block * inv_scales[some, part, None]
                 distance.round_().add_(offset).clamp_(spec.qmin, spec.qmax).sub_(offset).mul_(scale)
                 distance.sub_(block).abs_().mul_(unit[part, None])
-                errors[index, part] += distance.pow_(exponent).sum(dim=1)
+                # exp and log are vectorised, pow is not; log(0) is -inf and comes back as 0.
+                errors[some, part] += distance.log_().mul_(exponent).exp_().sum(dim=-1)
     return errors

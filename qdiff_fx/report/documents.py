@@ -21,8 +21,9 @@ _FP32, _FP16 = 4, 2
 
 
 def stored_bytes(folder: Path) -> int:
-    """Bytes of the weights of a quantized folder: its safetensors, without contexts that lie beside them."""
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors") if path.name != "context.safetensors")
+    """Bytes of a quantized network on disk: safetensors and plan.json, without contexts that lie beside them."""
+    weights = [path for path in folder.glob("*.safetensors") if path.name != "context.safetensors"]
+    return sum(path.stat().st_size for path in (*weights, folder / "plan.json"))
 
 
 def full_precision_sizes(inspection: Inspection) -> dict[str, int]:

@@ -14,7 +14,7 @@ from torch import nn
 import qdiff_fx
 from qdiff_fx.calibration import CalibrationSet, driver
 from qdiff_fx.calibration.driver import activation_quantizers, weight_quantizers
-from qdiff_fx.errors import CalibrationError, CheckpointError
+from qdiff_fx.errors import CalibrationError, CheckpointError, ConfigError, ConversionError, InputError
 from qdiff_fx.fake_quantize import QuantizerMode
 from subjects import PLAIN, Preparer, Sketch, calls_of, sketch_inputs, unconditional_unet
 
@@ -241,3 +241,68 @@ def test_a_refused_set_leaves_the_model_as_it_was(preparer: Preparer, sketch: nn
     assert _grids(prepared) == grids and prepared.calibrated
     modes = {item.mode for item in dict(activation_quantizers(prepared.graph_module)).values()}
     assert modes == {QuantizerMode.QUANTIZE}
+
+
+def test_a_failed_calibration_leaves_nothing_to_convert(preparer: Preparer, sketch: nn.Module) -> None:
+    """Half a fit would convert without a word, into a model that nobody calibrated."""
+    prepared = _prepared(preparer, sketch)
+    qdiff_fx.calibrate(prepared, calls_of(sketch), progress=False)
+    with patch("qdiff_fx.api.decide", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+        qdiff_fx.calibrate(prepared, calls_of(sketch), progress=False)
+    assert not prepared.calibrated and not prepared.calibration
+    with pytest.raises(CalibrationError, match="never observed"):
+        qdiff_fx.convert(prepared, backend="reference")
+    qdiff_fx.calibrate(prepared, calls_of(sketch), progress=False)
+    qdiff_fx.convert(prepared, backend="reference")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"batch_size": 0}, InputError, "batch_size=0: want a whole number"),
+        ({"reconstruction": "fast"}, ConfigError, r"reconstruction is a str: want a ReconstructionConfig"),
+        ({"holdout": []}, CalibrationError, "holdout is a list: want a CalibrationSet"),
+        ({"data": torch.zeros(3)}, CalibrationError, "the calibration data is a Tensor: want a CalibrationSet"),
+        ({"data": None}, CalibrationError, "the calibration data is a NoneType: want a CalibrationSet"),
+    ],
+    ids=str,
+)
+def test_arguments_that_do_not_fit_are_named(
+    preparer: Preparer, sketch: nn.Module, arguments: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    options = {"data": calls_of(sketch), **arguments}
+    with pytest.raises(error, match=message):
+        qdiff_fx.calibrate(_prepared(preparer, sketch), **options)
+
+
+def test_a_holdout_of_another_model_is_refused(preparer: Preparer, sketch: nn.Module) -> None:
+    holdout = CalibrationSet.from_samples(_call(sample=(4, 1, 8, 8), timestep=(4,)))
+    with pytest.raises(CalibrationError, match="does not fit the model"):
+        qdiff_fx.calibrate(_prepared(preparer, sketch), calls_of(sketch), holdout=holdout, progress=False)
+
+
+@pytest.mark.parametrize("short_way", [False, True])
+def test_an_fp16_carrier_is_refused_where_activations_are_too_large(
+    preparer: Preparer, sketch: nn.Module, short_way: bool
+) -> None:
+    prepared = _prepared(preparer, sketch)
+    calls = [((sample * 1e6, timestep), {}) for (sample, timestep), _ in calls_of(sketch)]
+    if short_way:
+        for args, _ in calls:
+            prepared(*args)
+    else:
+        qdiff_fx.calibrate(prepared, calls, progress=False)
+    with pytest.raises(ConversionError, match=r"\|x\| reached .* too much for an fp16 carrier \(at most 16,384\)"):
+        qdiff_fx.convert(prepared, backend="reference", dtype=torch.float16)
+    with pytest.raises(ConversionError, match="want a carrier type"):
+        qdiff_fx.convert(prepared, backend="reference", dtype=torch.int8)
+    qdiff_fx.convert(prepared, backend="reference", dtype=torch.bfloat16)
+
+
+def test_the_plan_keeps_the_maximum_of_inputs_that_went_to_the_carrier_type(
+    preparer: Preparer, sketch: nn.Module
+) -> None:
+    prepared = _prepared(preparer, sketch, FAST.replace(activation_slack=0.5))
+    report = qdiff_fx.calibrate(prepared, calls_of(sketch), progress=False)
+    raised = [f"{row['layers'][0]}.input" for row in report.raises if row["kind"] == "input"]
+    assert raised and all(report.summary()["maxima"][name] > 0 for name in raised)

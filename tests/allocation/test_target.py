@@ -1,0 +1,83 @@
+"""target_sqnr: reached by raising layers, resumable, and another target needs no new learning."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+from torch import nn
+
+import qdiff_fx
+from qdiff_fx import stages
+from qdiff_fx.allocation.kept_figures import KeptFigures
+from qdiff_fx.calibration import CalibrationSet
+from qdiff_fx.errors import CalibrationError, CheckpointError
+
+FAST = {"weight_observer": "minmax", "activation_observer": "minmax", "equalize": False}
+
+
+def _calibrate(
+    unet: nn.Module, data: CalibrationSet, target: float | None, folder: Path | None = None, **options: Any
+) -> tuple[qdiff_fx.PreparedUNet, qdiff_fx.CalibrationReport]:
+    prepared = qdiff_fx.prepare(unet, qdiff_fx.QDiffConfig.preset("w4a8", target_sqnr=target, **FAST))
+    return prepared, qdiff_fx.calibrate(prepared, data, checkpoint_dir=folder, **options)
+
+
+def _figures(report: qdiff_fx.CalibrationReport) -> tuple[Any, ...]:
+    return report.raises, report.quality
+
+
+def test_the_same_target_gives_the_same_raises_from_kept_figures(
+    unet: nn.Module, data: CalibrationSet, tmp_path: Path
+) -> None:
+    _, first = _calibrate(unet, data, 30.0, tmp_path)
+    assert any(row["reason"].startswith("target:") for row in first.raises)
+    figures = json.loads((tmp_path / stages.TARGET_FILE).read_text())["figures"]
+    assert 2 <= len(figures) <= 12
+
+    with patch.object(stages, "measure_quality", wraps=stages.measure_quality) as measured:
+        _, again = _calibrate(unet, data, 30.0, tmp_path)
+    assert measured.call_count == 0, "every figure of the bisection is kept"
+    assert _figures(again) == _figures(first)
+
+
+def test_a_lower_target_needs_no_new_learning(unet: nn.Module, data: CalibrationSet, tmp_path: Path) -> None:
+    learning = qdiff_fx.ReconstructionConfig.preset("fast", weight_iterations=5, activation_iterations=5)
+    _, high = _calibrate(unet, data, 30.0, tmp_path, reconstruction=learning)
+    blocks = {path: path.stat().st_mtime_ns for path in (tmp_path / "blocks").iterdir()}
+    _, low = _calibrate(unet, data, 25.0, tmp_path, reconstruction=learning)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "blocks").iterdir()} == blocks
+    assert len(low.raises) <= len(high.raises)
+    assert low.quality["median_db"] <= high.quality["median_db"]
+
+
+def test_an_unreachable_target_names_the_best_figure_and_leaves_nothing_to_convert(
+    unet: nn.Module, data: CalibrationSet
+) -> None:
+    prepared = qdiff_fx.prepare(unet, qdiff_fx.QDiffConfig.preset("w4a8", target_sqnr=99.0, **FAST))
+    with pytest.raises(CalibrationError, match=r"target_sqnr=99\.0 dB is out of reach: \d+\.\d dB is the best"):
+        qdiff_fx.calibrate(prepared, data)
+    assert not prepared.calibrated
+    with pytest.raises(CalibrationError, match="never observed"):
+        qdiff_fx.convert(prepared, backend="reference")
+    prepared.qdiff_config = prepared.qdiff_config.replace(target_sqnr=None)
+    qdiff_fx.calibrate(prepared, data)
+    qdiff_fx.convert(prepared, backend="reference")
+
+
+def test_figures_survive_a_kill_and_belong_to_one_run(tmp_path: Path) -> None:
+    file = tmp_path / "figures.json"
+    figures = KeptFigures(file, "this run", save_every=2)
+    figures["a"] = 1.5
+    assert not file.exists(), "two figures a write"
+    figures["b"] = float("inf")
+    again = KeptFigures(file, "this run")
+    assert (again["a"], again["b"], "c" in again) == (1.5, float("inf"), False)
+    with pytest.raises(CheckpointError, match="belongs to another model, config or calibration set"):
+        KeptFigures(file, "another run")
+    file.write_text('{"identity": "this run", "figures": {"a": [1]}}')
+    with pytest.raises(CheckpointError, match="want a number a key; delete the file"):
+        KeptFigures(file, "this run")
