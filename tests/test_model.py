@@ -199,6 +199,16 @@ def test_moving_to_the_device_where_it_is_changes_nothing(quantized: qdiff_fx.Qu
     assert torch.equal(quantized(x, 3).sample, wanted)
 
 
+def test_moving_lowers_again_for_the_new_device(preparer: Preparer, sketch: nn.Module) -> None:
+    """The meta device stands for any other: no tensor may stay behind, and a compiled graph is of no use there."""
+    moved = qdiff_fx.convert(preparer.fitted(sketch), backend="reference").compile(backend="eager").to("meta")
+    assert moved.device.type == "meta" and moved._compiled is None
+    assert {tensor.device.type for tensor in (*moved.buffers(), *moved.lowered.buffers())} == {"meta"}
+    sample, timestep = sketch_inputs()
+    output = moved(sample.to("meta"), timestep.to("meta"))
+    assert output.device.type == "meta" and output.shape == sample.shape
+
+
 @pytest.mark.parametrize("cast", ["to", "to both", "half", "bfloat16", "double"])
 @pytest.mark.parametrize("stage", ["quantized", "prepared"])
 def test_a_change_of_type_names_the_way_that_works(
