@@ -186,6 +186,29 @@ def test_a_file_where_the_result_should_go_is_told_before_the_work(
     assert (tmp_path / "taken").read_text() == "mine"
 
 
+def test_evaluate_wants_the_model_that_the_quantized_one_was_made_from(
+    quantized: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    conditional_unet().save_pretrained(tmp_path / "unet")
+    DDIMScheduler().save_pretrained(tmp_path / "scheduler")
+    line = error_line(capsys, "evaluate", str(tmp_path), str(quantized))
+    assert "takes contexts of width None" in line and "name the model that it was made from" in line
+
+
+@pytest.mark.parametrize("name", ["picture.xyz", "folder.png"])
+def test_a_picture_is_a_png_file(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    (tmp_path / "folder.png").mkdir()
+    line = error_line(capsys, "sample", str(model), "--out", str(tmp_path / name))
+    assert "want the name of a PNG file" in line
+
+
+def test_a_scheduler_that_cannot_take_so_many_steps_is_told(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = error_line(capsys, "sample", str(model), "--steps", "5000", "--out", str(tmp_path / "a.png"))
+    assert "num_inference_steps=5000: DDIMScheduler" in line
+
+
 def test_a_damaged_context_file_is_told(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "context.safetensors").write_bytes(b"no tensors")
     line = error_line(capsys, "inspect", str(model), "--context", str(tmp_path / "context.safetensors"))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from qdiff_fx.calibration.collect import fresh_scheduler
 
 Predict = Callable[[Tensor, Tensor], Tensor]
 """What a scheduler wants to know, [B, C, H, W], from (sample [B, C, H, W], timestep [])."""
@@ -20,12 +21,13 @@ def denoise(predict: Predict, scheduler: Any, noise: Tensor, num_inference_steps
     Args:
       predict: the network, guidance included.
       scheduler: a diffusers scheduler that draws no noise of its own (DDIM with eta = 0, DPM-Solver++, Euler, ...);
-        left as it is: the loop works on a copy.
+        left as it is: the loop works on a fresh one of the same config.
       noise: [B, C, H, W], standard normal.
       num_inference_steps: of the scheduler's timesteps; multi-step schedulers may call the network more often.
+
+    Raises: InputError if the scheduler refuses the number of steps.
     """
-    scheduler = copy.deepcopy(scheduler)
-    scheduler.set_timesteps(num_inference_steps, device=noise.device)
+    scheduler = fresh_scheduler(scheduler, num_inference_steps, noise.device)
     sample: Tensor = noise * scheduler.init_noise_sigma
     for timestep in scheduler.timesteps:
         prediction = predict(scheduler.scale_model_input(sample, timestep), timestep)

@@ -43,11 +43,14 @@ def run(arguments: Namespace) -> None:
     quantized = open_source(arguments.quantized, context=arguments.context, backend=arguments.backend)
     if not quantized.quantized:
         raise InputError(f"{arguments.quantized}: is no quantized folder; name the --out of qdiff-fx quantize")
-    if quantized.sample_shape != source.sample_shape:
-        raise InputError(
-            f"{arguments.quantized} denoises {quantized.sample_shape}, {arguments.model} {source.sample_shape}: "
-            f"name the model that it was made from"
-        )
+    for what, mine, other in (
+        ("denoises", quantized.sample_shape, source.sample_shape),
+        ("takes contexts of width", quantized.context_width, source.context_width),
+    ):
+        if mine != other:
+            raise InputError(
+                f"{arguments.quantized} {what} {mine}, {arguments.model} {other}: name the model that it was made from"
+            )
     noise = source.noise(arguments.samples, arguments.seed)
     sampler = source.sampler(noise, steps=arguments.steps, guidance_scale=arguments.guidance, keep_steps=True)
     yardstick = Yardstick(source.unet, sampler, num_timesteps=arguments.timesteps, num_calls=arguments.steps)

@@ -52,3 +52,11 @@ def future_folder(path: Path, option: str = "--out") -> Path:
     if blocker is not None and not blocker.is_dir():
         raise ConfigError(f"{option} {path}: {blocker} is a file; choose another folder")
     return path
+
+
+def picture_file(path: Path, option: str = "--out") -> Path:
+    """`path`, which will be a PNG file; nothing is made. Raises ConfigError for another suffix, or a folder there."""
+    if path.suffix.lower() != ".png" or path.is_dir():
+        raise ConfigError(f"{option} {path}: want the name of a PNG file, such as {path.with_suffix('.png').name}")
+    future_folder(path.parent, option)
+    return path

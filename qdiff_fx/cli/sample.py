@@ -6,7 +6,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from qdiff_fx.calibration.progress import progress_bar
-from qdiff_fx.cli.parser import OneLineParser, positive, verb_parser
+from qdiff_fx.cli.parser import OneLineParser, picture_file, positive, verb_parser
 from qdiff_fx.cli.sources import add_source_arguments, open_source
 from qdiff_fx.errors import InputError
 from qdiff_fx.report.pictures import save_grid
@@ -31,6 +31,7 @@ def parser() -> OneLineParser:
 
 def run(arguments: Namespace) -> None:
     """Sample and write the picture."""
+    picture_file(arguments.out)
     source = open_source(arguments.model, context=arguments.context, backend=arguments.backend)
     if source.sample_shape[0] not in (1, 3):
         raise InputError(

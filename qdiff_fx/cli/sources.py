@@ -94,7 +94,12 @@ class Source:
     @property
     def is_conditional(self) -> bool:
         """Whether the network takes a context."""
-        return self.unet.config.get("cross_attention_dim") is not None
+        return self.context_width is not None
+
+    @property
+    def context_width(self) -> Any:
+        """Channels of the context, by block where they differ; None for unconditional networks."""
+        return self.unet.config.get("cross_attention_dim")
 
     def require_scheduler(self) -> Any:
         """The scheduler. Raises InputError if the folder has none."""
