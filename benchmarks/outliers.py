@@ -1,4 +1,4 @@
-"""Outlier channels planted into the bundled unconditional model without changing its function, and what is left of it.
+"""Outlier channels planted into the bundled models without changing their function, and what quantization leaves.
 
     python benchmarks/outliers.py --work /tmp/outliers
 
@@ -10,136 +10,122 @@ from __future__ import annotations
 import argparse
 import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.models.attention_processor import Attention
-from diffusers.models.downsampling import Downsample2D
-from diffusers.models.resnet import ResnetBlock2D
-from torch import nn
+from planting import PLANTED, plant_constant
 
 import qdiff_fx
-from qdiff_fx.assets import load_unconditional
+from qdiff_fx.calibration import CalibrationSet
+from qdiff_fx.cli.sources import open_source
 from qdiff_fx.errors import QDiffWarning
 from qdiff_fx.report.machine import describe_machine
 from qdiff_fx.safe_io import read_json, write_bytes, write_json
 
-WIDTH, STREAM = 32, range(2, 8)
-"""Streams of so many channels are planted, in these channels: they are closed under the groups of every GroupNorm that
-reads them, cats included (groups of 1, 2 and 3 channels)."""
+MODELS = {"fashion-uncond": 1.0, "fashion-cond": 3.0}
+"""Bundled models with their guidance scale."""
 
-HEAD_CHANNELS = (1, 6)
+CONSTANT, CONSTANT_RATIO = "constant", 100
 RATIOS = (10, 100, 1000)
-PRESETS = ("w8a8", "w4a8")
+ARMS = ("equalised", "plain", "target")
+PLAIN = {"weight_slack": 0.0, "activation_slack": 0.0, "equalize": False}
+TARGET_MARGIN_DB = 0.5
+"""The target arm asks for the unplanted network's median less this."""
 
 
-@torch.no_grad()
-def plant_residual(unet: Any, ratio: float) -> None:
-    """Channels of the full-resolution streams `ratio` times larger.
+@dataclass(frozen=True)
+class Cell:
+    """One planted and quantized network."""
 
-    Every writer is scaled (identity adds carry the factor on), every reader but GroupNorms unscaled.
-    """
-    _rows(unet.conv_in, STREAM, ratio)
-    for module in unet.modules():
-        if isinstance(module, ResnetBlock2D) and module.out_channels == WIDTH:
-            _rows(module.conv2, STREAM, ratio)
-            if module.conv_shortcut is not None:
-                _rows(module.conv_shortcut, STREAM, ratio)
-        elif isinstance(module, Downsample2D) and module.channels == WIDTH:
-            _columns(module.conv, STREAM, 1.0 / ratio)
-            _rows(module.conv, STREAM, ratio)
-    for block in unet.down_blocks:
-        for resnet in block.resnets:
-            if resnet.conv_shortcut is not None and resnet.in_channels == WIDTH:
-                _columns(resnet.conv_shortcut, STREAM, 1.0 / ratio)
-    deep = unet.mid_block.resnets[-1].out_channels
-    for block in unet.up_blocks:
-        for resnet in block.resnets:
-            offsets = {0: deep, deep: resnet.in_channels - deep}
-            planted = [start + channel for start, width in offsets.items() if width == WIDTH for channel in STREAM]
-            _columns(resnet.conv_shortcut, planted, 1.0 / ratio)
-            deep = resnet.out_channels
+    model: str
+    planted: str
+    ratio: int
+    preset: str
+    arm: str
+
+    @property
+    def file(self) -> str:
+        return "-".join(str(item).replace(" ", "-") for item in vars(self).values()) + ".json"
 
 
-@torch.no_grad()
-def plant_value(unet: nn.Module, ratio: float) -> None:
-    """Rows of v scaled, columns of the output projection unscaled."""
-    for module in unet.modules():
-        if isinstance(module, Attention):
-            _rows(module.to_v, HEAD_CHANNELS, ratio)
-            _columns(module.to_out[0], HEAD_CHANNELS, 1.0 / ratio)
-
-
-@torch.no_grad()
-def plant_query(unet: nn.Module, ratio: float) -> None:
-    """Rows of q scaled, rows of k unscaled."""
-    for module in unet.modules():
-        if isinstance(module, Attention):
-            _rows(module.to_q, HEAD_CHANNELS, ratio)
-            _rows(module.to_k, HEAD_CHANNELS, 1.0 / ratio)
-
-
-PLANTED: dict[str, Callable[[nn.Module, float], None]] = {
-    "residual stream": plant_residual,
-    "v": plant_value,
-    "q against k": plant_query,
-}
+def cells(model: str) -> Iterator[Cell]:
+    """Every cell of a model, those without plants first: others are compared with them."""
+    for preset in ("w8a8", "w4a8"):
+        for arm in ("equalised", "plain"):
+            yield Cell(model, "none", 1, preset, arm)
+    for name in PLANTED:
+        if name == "GEGLU" and model == "fashion-uncond":
+            continue  # it has none
+        for preset in ("w8a8", "w4a8"):
+            for arm in ("equalised", "plain"):
+                yield Cell(model, name, RATIOS[-1], preset, arm)
+        for ratio in RATIOS[:-1]:
+            yield Cell(model, name, ratio, "w8a8", "equalised")
+    for arm in ARMS:
+        yield Cell(model, CONSTANT, CONSTANT_RATIO, "w8a8", arm)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder of finished rows")
     parser.add_argument("--docs", type=Path, default=Path("docs"))
+    parser.add_argument("--models", nargs="*", default=list(MODELS), choices=list(MODELS))
     arguments = parser.parse_args()
     warnings.simplefilter("ignore", QDiffWarning)  # ruined models are the point; their figures are in the table
-    pipe = load_unconditional()
-    data, held = (_data(pipe, arguments.work / name, seed) for name, seed in (("calibration", 0), ("heldout", 1)))
-    runs = [("none", 1, preset, equalize) for preset in PRESETS for equalize in (True, False)]
-    runs += [
-        (name, ratio, preset, equalize)
-        for ratio in sorted(RATIOS, reverse=True)
-        for name in PLANTED
-        for preset in PRESETS
-        for equalize in (True, False)
-        if preset == "w8a8" or ratio == max(RATIOS)
-    ]
-    for run in runs:
-        path = arguments.work / f"{'-'.join(str(item) for item in run).replace(' ', '-')}.json"
-        if not path.exists():
-            write_json(path, _measure(pipe.unet, data, held, *run))
-            row = read_json(path)
-            print(*run, f"{row['pooled_db']:.1f} {row['median_db']:.1f}", flush=True)
-    _write(arguments.work, arguments.docs, len(data), len(held))
+    for model in arguments.models:
+        source = open_source(model)
+        data, held = (
+            _data(source, arguments.work / f"{model}-{name}", seed) for seed, name in enumerate(("fit", "held"))
+        )
+        for cell in cells(model):
+            path = arguments.work / cell.file
+            if not path.exists():
+                baseline = arguments.work / Cell(model, "none", 1, cell.preset, "equalised").file
+                write_json(path, _measure(cell, source.unet, data, held, baseline))
+                row = read_json(path)
+                print(*vars(cell).values(), f"{row['pooled_db']:.1f} {row['median_db']:.1f}", flush=True)
+    _write(arguments.work, arguments.docs)
 
 
-def _measure(original: Any, data: Any, held: Any, name: str, ratio: int, preset: str, equalize: bool) -> dict[str, Any]:
+def _measure(cell: Cell, original: Any, data: CalibrationSet, held: CalibrationSet, baseline: Path) -> dict[str, Any]:
     unet = copy.deepcopy(original)
-    if name in PLANTED:
-        PLANTED[name](unet, float(ratio))
     args, kwargs = held.gather(torch.arange(32))
+    if cell.planted == CONSTANT:
+        plant_constant(unet, float(cell.ratio), args, kwargs)
+    elif cell.planted in PLANTED:
+        PLANTED[cell.planted](unet, float(cell.ratio))
     with torch.no_grad():
         expected, planted = original(*args, **kwargs).sample, unet(*args, **kwargs).sample
-    config = qdiff_fx.QDiffConfig.preset(preset, equalize=equalize)
-    if not equalize:
-        config = config.replace(weight_slack=0.0, activation_slack=0.0)
-    report = qdiff_fx.calibrate(qdiff_fx.prepare(unet, config), data, holdout=held, progress=False)
+    config = qdiff_fx.QDiffConfig.preset(cell.preset, **(PLAIN if cell.arm == "plain" else {}))
+    if cell.arm == "target":
+        config = config.replace(target_sqnr=read_json(baseline)["median_db"] - TARGET_MARGIN_DB)
+    prepared = qdiff_fx.prepare(unet, config)
+    report = qdiff_fx.calibrate(prepared, data, holdout=held, progress=False)
+    worst = []
+    if cell.planted == CONSTANT and cell.arm == "plain":
+        ranking = qdiff_fx.sensitivity(prepared, data, samples=32, progress=False)
+        worst = [row.name for row in ranking.worst("input", 3)]
     return {
-        "planted": name,
-        "ratio": ratio,
-        "preset": preset,
-        "equalize": equalize,
+        **vars(cell),
         "full_precision_change": float((planted - expected).abs().max() / expected.abs().max()),
         "pooled_db": report.quality["pooled_db"],
         "median_db": report.quality["median_db"],
         "accepted": report.quality["accepted"],
+        "target_db": config.target_sqnr,
+        "raises": [row for row in report.raises if row["reason"].startswith("target:")],
+        "inputs_in_carrier": sorted(
+            {name for row in report.raises if row["kind"] == "input" for name in row["layers"]}
+        ),
+        "most_sensitive_inputs": worst,
     }
 
 
-def _data(pipe: Any, path: Path, seed: int) -> Any:
-    return qdiff_fx.CalibrationSet.collect(
-        pipe,
+def _data(source: Any, path: Path, seed: int) -> CalibrationSet:
+    data: CalibrationSet = source.collect(
+        guidance_scale=MODELS[source.name],
         num_inference_steps=50,
         num_timesteps=10,
         samples_per_timestep=16,
@@ -147,43 +133,67 @@ def _data(pipe: Any, path: Path, seed: int) -> Any:
         path=path,
         progress=False,
     )
+    return data
 
 
-def _rows(layer: Any, channels: Any, factor: float) -> None:
-    layer.weight[list(channels)] *= factor
-    if layer.bias is not None:
-        layer.bias[list(channels)] *= factor
-
-
-def _columns(layer: Any, channels: Any, factor: float) -> None:
-    layer.weight[:, list(channels)] *= factor
-
-
-def _write(work: Path, docs: Path, rows: int, held: int) -> None:
-    found = [read_json(path) for path in sorted(work.glob("*.json"))]
+def _write(work: Path, docs: Path) -> None:
+    found = [read_json(work / cell.file) for model in MODELS for cell in cells(model) if (work / cell.file).exists()]
     write_json(docs / "results-outliers.json", {"machine": describe_machine(), "rows": found})
-    by_run = {(row["planted"], row["ratio"], row["preset"], row["equalize"]): row for row in found}
     lines = [
-        "# Planted channel outliers on the bundled unconditional model",
+        "# Planted channel outliers on the bundled models",
         "",
         "Written by `benchmarks/outliers.py`. The planted networks compute the same function in full precision",
         "(change: largest difference over largest output). Equalised: the preset's defaults (channel factors,",
         "attention factors, allocation); plain: without factors and slacks. Rounded to nearest; output SQNR pooled /",
-        f"median over timesteps, dB, {rows} calibration rows, {held} held-out rows, one seed.",
-        "",
-        "| planted | ratio | change | W8A8 equalised | W8A8 plain | W4A8 equalised | W4A8 plain |",
-        "|---|---|---|---|---|---|---|",
+        "median over timesteps, dB, 160 calibration rows, 160 held-out rows, one seed.",
     ]
-    for name, ratio in dict.fromkeys((row["planted"], row["ratio"]) for row in sorted(found, key=_order)):
-        cells = [by_run.get((name, ratio, preset, equalize)) for preset in PRESETS for equalize in (True, False)]
-        change = max(row["full_precision_change"] for row in cells if row is not None)
-        shown = [f"{row['pooled_db']:.1f} / {row['median_db']:.1f}" if row else "–" for row in cells]
-        lines.append(f"| {name} | {ratio} | {change:.0e} | {' | '.join(shown)} |")
+    for model in dict.fromkeys(row["model"] for row in found):
+        rows = [row for row in found if row["model"] == model]
+        lines += [
+            "",
+            f"## {model}",
+            "",
+            *_table(rows),
+            *_constants([row for row in rows if row["planted"] == CONSTANT]),
+        ]
     write_bytes(docs / "results-outliers.md", ("\n".join(lines) + "\n").encode())
 
 
-def _order(row: dict[str, Any]) -> tuple[int, int]:
-    return (["none", *PLANTED].index(row["planted"]), row["ratio"])
+def _table(rows: list[dict[str, Any]]) -> list[str]:
+    by_cell = {(row["planted"], row["ratio"], row["preset"], row["arm"]): row for row in rows}
+    lines = [
+        "| planted | ratio | change | W8A8 equalised | W8A8 plain | W4A8 equalised | W4A8 plain |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, ratio in sorted({(row["planted"], row["ratio"]) for row in rows}, key=_order):
+        found = [
+            by_cell.get((name, ratio, preset, arm)) for preset in ("w8a8", "w4a8") for arm in ("equalised", "plain")
+        ]
+        change = max(row["full_precision_change"] for row in found if row is not None)
+        shown = [f"{row['pooled_db']:.1f} / {row['median_db']:.1f}" if row else "–" for row in found]
+        lines.append(f"| {name} | {ratio} | {change:.0e} | {' | '.join(shown)} |")
+    return lines
+
+
+def _order(entry: tuple[str, int]) -> tuple[int, int]:
+    return (["none", *PLANTED, CONSTANT].index(entry[0]), entry[1])
+
+
+def _constants(rows: list[dict[str, Any]]) -> list[str]:
+    """What is said of the network whose outliers no factor can undo."""
+    by_arm = {row["arm"]: row for row in rows}
+    lines: list[str] = []
+    if "plain" in by_arm:
+        names = ", ".join(f"`{name}`" for name in by_arm["plain"]["most_sensitive_inputs"])
+        lines += ["", f"The constant ({CONSTANT_RATIO} standard deviations): sensitivity names {names} first."]
+    if "target" in by_arm:
+        row = by_arm["target"]
+        names = ", ".join(f"`{name}`" for name in row["inputs_in_carrier"])
+        lines += [
+            f"With `target_sqnr={row['target_db']:.1f}` W8A8 keeps {row['pooled_db']:.1f} / {row['median_db']:.1f} dB; "
+            f"{len(row['raises'])} raises beyond the slacks; inputs in the carrier type: {names}."
+        ]
+    return lines
 
 
 if __name__ == "__main__":
