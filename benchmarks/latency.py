@@ -126,12 +126,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
             quality[label] = decibels(exact, run())
             print(f"{name}: {label} compiled in {time.perf_counter() - started:.0f} s", flush=True)
         times = interleaved(arms, options.repeats)
-    return {
-        "isa": torch.backends.cpu.get_cpu_capability(),
-        "amx": bool(torch.cpu._is_amx_tile_supported()),
-        "vnni": BACKENDS["x86"].unavailable("cpu") is None,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
+    return isa() | {
         "batch": BATCH,
         "int8_matmul_gops": matmul_gops(),
         "arms": {
@@ -143,6 +138,21 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
             }
             for label in ("fp32 compile", BASELINE, *(label for label in arms if "compile" not in label))
         },
+    }
+
+
+def isa() -> dict[str, Any]:
+    """What the figures depend on beside the code."""
+    capability, amx = torch.backends.cpu.get_cpu_capability(), bool(torch.cpu._is_amx_tile_supported())
+    vnni, threads = BACKENDS["x86"].unavailable("cpu") is None, torch.get_num_threads()
+    description = f"{capability}{', VNNI' if vnni else ''}, {'AMX' if amx else 'no AMX'}; {threads} thread(s)"
+    return {
+        "isa": capability,
+        "amx": amx,
+        "vnni": vnni,
+        "threads": threads,
+        "torch": torch.__version__,
+        "description": f"{description}; torch {torch.__version__}",
     }
 
 

@@ -12,7 +12,11 @@ from torch._dynamo.utils import counters
 from torch._inductor.utils import run_and_get_code
 
 import qdiff_fx
+from qdiff_fx.allocation.channel_factors import input_nodes, readers_of
+from qdiff_fx.allocation.factor_search import install_factor
+from qdiff_fx.calibration.driver import fit_activations, fit_weights
 from qdiff_fx.kernels import BACKENDS
+from qdiff_fx.numerics.affine import QParams
 from subjects import Sketch, calls_of, conditional_unet, signal_to_noise, sketch_inputs
 
 aten = torch.ops.aten
@@ -151,13 +155,14 @@ class _Normalized(nn.Module):
         super().__init__()
         self.stem = nn.Conv2d(2, 16, 3, padding=1)
         self.norm = nn.GroupNorm(4, 16)
-        self.conv = nn.Conv2d(16, 16, 3, padding=1)
+        self.first = nn.Conv2d(16, 16, 3, padding=1)
+        self.second = nn.Conv2d(16, 16, 3, padding=1)
         self.head = nn.Conv2d(16, 2, 3, padding=1)
 
     def forward(self, sample: Tensor) -> Tensor:
         hidden = self.stem(sample)
-        hidden = hidden + self.conv(nn.functional.silu(self.norm(hidden)))
-        hidden = hidden + self.conv(nn.functional.silu(self.norm(hidden)))
+        hidden = hidden + self.first(nn.functional.silu(self.norm(hidden)))
+        hidden = hidden + self.second(nn.functional.silu(self.norm(hidden)))
         return self.head(hidden)
 
 
@@ -187,3 +192,40 @@ def test_context_sizes_are_dynamic_too(preparer: Any) -> None:
     with torch.no_grad():
         full = unet(sample, timestep, longer).sample
     assert signal_to_noise(full, model(sample, timestep, longer, **kwargs).sample) > 25.0
+
+
+@pytest.mark.usefixtures("unchecked_shapes")
+def test_channel_factors_add_no_kernel() -> None:
+    """A vector of steps is fused where a scalar is: factors are free at run time."""
+    module, example = _Normalized().eval(), (torch.randn(2, 2, 8, 8),)
+    counts = {}
+    for factors in (False, True):
+        config = qdiff_fx.QDiffConfig.preset("w8a8", equalize=False)
+        prepared = qdiff_fx.prepare(module, config, example_inputs=example)
+        prepared(*example)
+        fit_activations(prepared.graph_module)
+        fit_weights(prepared.graph_module)
+        if factors:
+            assert _random_factors(prepared.graph_module) > 0
+        model = qdiff_fx.convert(prepared, backend="x86").compile()
+        with torch.no_grad():
+            _, (code,) = run_and_get_code(model, *example)
+        counts[factors] = code.count("async_compile.cpp_pybinding")
+    assert counts[True] == counts[False] > 0
+
+
+def _random_factors(graph_module: torch.fx.GraphModule) -> int:
+    """Give every quantized tensor a random vector of steps; how many got one."""
+    count = 0
+    for node in input_nodes(graph_module):
+        quantizer, readers = graph_module.get_submodule(str(node.target)), readers_of(graph_module, node)
+        if readers:
+            factor = torch.exp(torch.randn(quantizer.statistics.channel_maxima.shape))
+            fitted = []
+            for reader in readers:
+                fitted.append(reader.quantizer.unfitted())
+                fitted[-1].channel_factor = factor
+                fitted[-1].fit(reader.weight)
+            install_factor(quantizer, factor, QParams(quantizer.scale, quantizer.zero_point), readers, fitted)
+            count += 1
+    return count

@@ -1,0 +1,163 @@
+"""What channel factors cost at run time: a Stable Diffusion 1.5 step on x86 with and without, in interleaved pairs.
+
+    OMP_NUM_THREADS=1 python benchmarks/factor_latency.py --docs docs
+
+Three arms of the same random weights at W8A8: m = 1; random m where layers share a quantized tensor; random m with a
+quantize step for every layer. The ratio of a pair is that of neighbouring runs. Writes results-factor-latency.json and
+.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from latency import CARRIERS, CASES, MALLOC, interleaved, isa
+from torch import Tensor, fx
+
+import qdiff_fx
+from qdiff_fx.allocation.channel_factors import input_nodes, readers_of
+from qdiff_fx.allocation.factor_search import install_factor
+from qdiff_fx.calibration.driver import fit_activations, fit_weights
+from qdiff_fx.numerics.affine import QParams
+from qdiff_fx.passes.base import PassContext
+from qdiff_fx.passes.prepare.own_quantizers import GiveOwnQuantizers
+from qdiff_fx.safe_io import write_bytes, write_json
+
+ARMS = {
+    "m = 1": "every quantize step has a scalar",
+    "random m, shared": "a vector a quantized tensor, shared as the scalar was",
+    "random m, shares broken": "a vector and a quantize step of its own for every layer",
+}
+PLAIN, SHARED, BROKEN = ARMS
+
+
+def main() -> None:
+    if any(os.environ.get(key) != value for key, value in MALLOC.items()):
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | MALLOC)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", default="sd15-32", choices=list(CASES))
+    parser.add_argument("--carrier", default="bf16", choices=list(CARRIERS))
+    parser.add_argument("--pairs", type=int, default=21)
+    parser.add_argument("--docs", type=Path, default=Path("docs"))
+    arguments = parser.parse_args()
+    arms, kernels, steps = {}, {}, {}
+    for arm in ARMS:
+        arms[arm], kernels[arm], steps[arm] = build(arguments.case, arm, CARRIERS[arguments.carrier])
+    with torch.no_grad():
+        times = interleaved(arms, arguments.pairs)
+    document = isa() | {
+        "case": arguments.case,
+        "carrier": arguments.carrier,
+        "pairs": arguments.pairs,
+        "arms": {
+            arm: {
+                "milliseconds": 1e3 * median(times[arm]),
+                "quantize_steps": steps[arm],
+                "generated_kernels": kernels[arm],
+                "ratio": ratio(times[arm], times[PLAIN]),
+            }
+            for arm in ARMS
+        },
+    }
+    write_json(arguments.docs / "results-factor-latency.json", document)
+    write_bytes(arguments.docs / "results-factor-latency.md", table(document).encode())
+    print(table(document))
+
+
+def build(case: str, arm: str, dtype: torch.dtype) -> tuple[Callable[[], Tensor], int, int]:
+    """(a step, generated kernels, quantize steps) of one arm, compiled; every arm has the same weights."""
+    torch.manual_seed(0)
+    module, inputs = CASES[case]()
+    config = qdiff_fx.QDiffConfig.preset("w8a8", weight_observer="minmax", activation_observer="minmax")
+    prepared = qdiff_fx.prepare(module, config)
+    timestep = torch.full((len(inputs["sample"]),), 500.0)
+    with torch.no_grad():
+        prepared(**inputs, timestep=timestep)
+    fit_activations(prepared.graph_module)
+    fit_weights(prepared.graph_module)
+    if arm == BROKEN:
+        layers = tuple(user for node in input_nodes(prepared.graph_module) for user in list(node.users)[1:])
+        context = PassContext(config=config, signature=prepared.signature)
+        GiveOwnQuantizers(layers).run(prepared.graph_module, context)
+    if arm != PLAIN:
+        give_random_factors(prepared.graph_module)
+    prepared.calibrated = True
+    steps = sum(1 for _ in input_nodes(prepared.graph_module))
+    model = qdiff_fx.convert(prepared, backend="x86", dtype=dtype, release=True).compile()
+    del module, prepared
+    cast = {name: value.to(dtype) for name, value in inputs.items()}
+
+    def step() -> Tensor:
+        result: Tensor = model(**cast, timestep=timestep, return_dict=False)[0]
+        return result
+
+    started = time.perf_counter()
+    torch._inductor.metrics.reset()
+    with torch.no_grad():
+        step()
+    kernels = torch._inductor.metrics.generated_kernel_count
+    print(f"{arm}: {kernels} kernels, compiled in {time.perf_counter() - started:.0f} s", flush=True)
+    return step, kernels, steps
+
+
+def give_random_factors(graph_module: fx.GraphModule) -> None:
+    """A log-normal vector of steps for every quantized tensor whose readers can take one."""
+    generator = torch.Generator().manual_seed(1)
+    for node in input_nodes(graph_module):
+        quantizer: Any = graph_module.get_submodule(str(node.target))
+        readers = readers_of(graph_module, node)
+        if not readers:
+            continue
+        channels = quantizer.statistics.channel_maxima.shape
+        factor = torch.exp(0.5 * torch.randn(channels, generator=generator))
+        fitted = []
+        for reader in readers:
+            fitted.append(reader.quantizer.unfitted())
+            fitted[-1].channel_factor = factor
+            fitted[-1].fit(reader.weight)
+        install_factor(quantizer, factor, QParams(quantizer.scale, quantizer.zero_point), readers, fitted)
+
+
+def ratio(times: Sequence[float], baseline: Sequence[float]) -> dict[str, float]:
+    """Median of the pairs' ratios with its 95 % interval from order statistics (binomial, distribution-free)."""
+    ratios = sorted(a / b for a, b in zip(times, baseline, strict=True))
+    count, rank, tail = len(ratios), 0, 0.5 ** len(ratios)
+    while tail <= 0.025 and rank < count // 2:  # P(at most `rank` of the ratios lie under the median)
+        rank += 1
+        tail += math.comb(count, rank) * 0.5**count
+    low = max(0, rank - 1)
+    return {"median": median(ratios), "low": ratios[low], "high": ratios[count - 1 - low]}
+
+
+def table(document: dict[str, Any]) -> str:
+    lines = [
+        "# What channel factors cost at run time",
+        "",
+        f"Written by `benchmarks/factor_latency.py`: one step of `{document['case']}`, batch 2, W8A8,",
+        f"{document['carrier']} carrier, backend x86, {document['pairs']} interleaved turns;",
+        f"{document['description']}.",
+        "The ratio is the median of the pairs' ratios with its 95 % interval (order statistics).",
+        "",
+        "| arm | ms a step | ratio to m = 1 | 95 % | quantize steps | generated kernels |",
+        "|---|---|---|---|---|---|",
+    ]
+    for arm, row in document["arms"].items():
+        lines.append(
+            f"| {arm}: {ARMS[arm]} | {row['milliseconds']:.0f} | {row['ratio']['median']:.3f} | "
+            f"{row['ratio']['low']:.3f} to {row['ratio']['high']:.3f} | {row['quantize_steps']} | "
+            f"{row['generated_kernels']} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
