@@ -90,6 +90,8 @@ class QDiffConfig:
       activation_slack: share of the multiplications whose inputs calibrate may keep in the carrier type.
       equalize: let calibrate fold channel factors into weights and activation steps where they lower a layer's error.
       channel_shifts: let 4-bit weights take powers of two of those factors as shifts, up to 8x, exact in int8.
+      factor_iterations: steps of learning that refine each channel factor before rounding is learned; 0 keeps the
+        closed form. What is learned is kept only where it lowers the error.
       target_sqnr: output SQNR in dB, median over timesteps, that calibrate reaches by raising layers; None is off.
       target_bytes: limit of the stored weights in bytes; calibrate spends up to it on raises; None is off.
       sample_input: name of the graph input that holds the noisy sample; None takes the first 4-D input.
@@ -108,6 +110,7 @@ class QDiffConfig:
     activation_slack: float = 0.02
     equalize: bool = True
     channel_shifts: bool = True
+    factor_iterations: int = 0
     target_sqnr: float | None = None
     target_bytes: int | None = None
     rules: tuple[LayerRule, ...] = ()
@@ -123,6 +126,8 @@ class QDiffConfig:
         for name in ("weight_slack", "activation_slack"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ConfigError(f"{name}={getattr(self, name)!r}: want a share in 0..1; 0 switches allocation off")
+        if not isinstance(self.factor_iterations, int) or self.factor_iterations < 0:
+            raise ConfigError(f"factor_iterations={self.factor_iterations!r}: want a whole number of 0 or more")
         if self.target_sqnr is not None and not 0.0 < self.target_sqnr < 100.0:
             raise ConfigError(f"target_sqnr={self.target_sqnr!r}: want dB in (0, 100), or None")
         if self.target_bytes is not None and self.target_bytes <= 0:

@@ -120,7 +120,13 @@ def decide(prepared: PreparedUNet, data: CalibrationSet, *, progress: bool | Non
     factors: tuple[FactorChoice, ...] = ()
     if config.equalize and input_units(graph_module):
         factors = choose_channel_factors(
-            graph_module, signature, data, shifts=config.channel_shifts, seed=config.seed, progress=progress
+            graph_module,
+            signature,
+            data,
+            shifts=config.channel_shifts,
+            iterations=config.factor_iterations,
+            seed=config.seed,
+            progress=progress,
         )
     spends = config.weight_slack > 0 or config.target_bytes is not None
     raisable = spends and any(unit.quantizer.spec.bits < 8 for unit in weight_units(graph_module))

@@ -13,7 +13,8 @@ from functools import partial
 import torch
 from torch import Tensor, fx
 
-from qdiff_fx.allocation.factor_search import Errors, Found, Reader, layer_output, search_factor
+from qdiff_fx.allocation.factor_errors import Errors, Reader, layer_output
+from qdiff_fx.allocation.factor_search import Found, search_factor
 from qdiff_fx.allocation.probe import Probe, flat_inputs, spread_rows
 from qdiff_fx.calibration import CalibrationSet
 from qdiff_fx.calibration.progress import progress_bar
@@ -40,6 +41,7 @@ class FactorChoice:
       gain_db: how much lower the layers' relative output error is than without factors.
       spread, spread_after: the largest channel's maximum over the median channel's, before and after the factor.
       own_step: whether this layer got a quantize step of its own, beside that of the layers that it shared with.
+      learned: whether the factor was refined by learning (`QDiffConfig.factor_iterations`).
       reason: why nothing was tried, "" where it was.
     """
 
@@ -50,6 +52,7 @@ class FactorChoice:
     spread: float = 1.0
     spread_after: float = 1.0
     own_step: bool = False
+    learned: bool = False
     reason: str = ""
 
 
@@ -59,6 +62,7 @@ def choose_channel_factors(
     data: CalibrationSet,
     *,
     shifts: bool = True,
+    iterations: int = 0,
     samples: int = 96,
     seed: int = 0,
     progress: bool | None = False,
@@ -72,6 +76,7 @@ def choose_channel_factors(
 
     Args:
       shifts: also try candidates with channel shifts at 4-bit weights.
+      iterations: steps of learning from the best candidate on; what it finds is kept only where it wins.
 
     Left alone: inputs of layers in the carrier type, weights that several calls share, attention operands.
     """
@@ -87,7 +92,13 @@ def choose_channel_factors(
         def on_input(target: str, quantizer: ActivationQuantizer, x: Tensor) -> Tensor:
             if readers.get(target):
                 choices.extend(
-                    _choose(partial(search_factor, quantizer, x, shifts=shifts), quantizer, readers[target], x, alone)
+                    _choose(
+                        partial(search_factor, quantizer, x, shifts=shifts, iterations=iterations),
+                        quantizer,
+                        readers[target],
+                        x,
+                        alone,
+                    )
                 )
             bar.update(1)
             return x
@@ -148,6 +159,7 @@ def _choice(quantizer: ActivationQuantizer, readers: Sequence[Reader], found: Fo
         layers=tuple(LAYER.require(reader.call.node).name for reader in readers),
         exponent=None if candidate is None else candidate.exponent,
         shifted=candidate is not None and candidate.shift is not None,
+        learned=candidate is not None and candidate.learned,
         gain_db=found.gain_db,
         spread=_spread(maxima),
         spread_after=_spread(maxima if candidate is None else maxima.to(candidate.factor.device) / candidate.factor),

@@ -8,15 +8,15 @@ int8 weight.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from qdiff_fx.allocation.factor_errors import Errors, Reader, input_channel_maxima, layer_output
+from qdiff_fx.allocation.learned_factors import refine_factor
 from qdiff_fx.fake_quantize import ActivationQuantizer, WeightQuantizer
-from qdiff_fx.graph.edit import LayerCall
 from qdiff_fx.numerics.affine import QParams, along_axis, fake_quantize
 from qdiff_fx.numerics.search import search_mse
 from qdiff_fx.numerics.weights import MAXIMUM_SHIFT, grid_weight
@@ -25,65 +25,19 @@ EXPONENTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 SILENT = 2.0**-10
 """A channel that was silent in calibration counts as this share of the layer's median maximum."""
 
-WEIGHT_EMPHASIS = 8.0
-"""A weight's error acts alike at every sampling step and adds up, an input's differs and averages out: by end-point
-PSNR W8 alone costs 2 dB more than A8 alone though its SQNR is 8 dB better (docs/decisions/022)."""
-
 _SEARCHED_VALUES = 65536
 _COARSE_VALUES, _COARSE_RANGES, _COARSE_ROWS = 8192, 10, 3
 """While candidates are compared: values and clipping ranges searched, and every n-th row; the winner gets all."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reader:
-    """A layer that reads the quantized tensor, with its weight and its quantizer."""
-
-    call: LayerCall
-    weight: Tensor
-    quantizer: WeightQuantizer
-
-
-@dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """A factor [C], the shifts [C] that 4-bit weights take of it, and the exponent that made it."""
+    """A factor [C], the shifts [C] that 4-bit weights take of it, the exponent that it started from; learned or not."""
 
     factor: Tensor
     shift: Tensor | None
     exponent: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Errors:
-    """Relative output errors of the layers that read a tensor, summed over them.
-
-    Args:
-      joint: with input and weight quantized.
-      weight: with the weight quantized alone.
-    """
-
-    joint: float
-    weight: float
-
-    @classmethod
-    def of(
-        cls,
-        readers: Sequence[Reader],
-        targets: Sequence[Tensor],
-        x: Tensor,
-        rounded: Tensor,
-        quantizers: Sequence[WeightQuantizer],
-    ) -> Errors:
-        """Measure both for the input `x`, its rounded form and the readers' weights as `quantizers` round them."""
-        weights = [item.quantized(reader.weight) for item, reader in zip(quantizers, readers, strict=True)]
-        return cls(
-            joint=_relative_error(readers, targets, rounded, weights),
-            weight=_relative_error(readers, targets, x, weights),
-        )
-
-    @property
-    def score(self) -> float:
-        """The joint error with its weight part emphasised."""
-        return self.joint + (WEIGHT_EMPHASIS - 1.0) * self.weight
+    learned: bool = False
 
 
 def smoothing_factor(input_maxima: Tensor, weight_maxima: Tensor, exponent: float) -> Tensor:
@@ -163,13 +117,15 @@ def install_factor(
         reader.quantizer.scale, reader.quantizer.zero_point = item.scale, item.zero_point
 
 
+@torch.no_grad()
 def search_factor(
-    quantizer: ActivationQuantizer, x: Tensor, readers: Sequence[Reader], *, shifts: bool = True
+    quantizer: ActivationQuantizer, x: Tensor, readers: Sequence[Reader], *, shifts: bool = True, iterations: int = 0
 ) -> Found:
     """Judge every candidate for the tensor `x` by what `readers` make of it; "off" wins ties. Nothing is installed.
 
     Args:
       shifts: also try candidates with channel shifts where a reader has 4-bit weights.
+      iterations: steps of learning from the best candidate on; the result is kept only where it wins.
     """
     axis = quantizer.channel_axis % x.ndim
     targets = [layer_output(reader.call, x, reader.weight) for reader in readers]
@@ -193,6 +149,10 @@ def search_factor(
 
     best = min(_candidates(quantizer, readers, shifts), key=lambda item: judge(item, coarse=True).errors.score)
     found = judge(best, coarse=False)
+    if iterations and found.qparams is not None:
+        factor = refine_factor(best.factor, quantizer, found.qparams, readers, found.fitted, x, iterations)
+        learned = judge(replace(best, factor=factor, learned=True), coarse=False)
+        found = min(found, learned, key=lambda item: item.errors.score)
     if found.errors.score < off.score and found.errors.joint <= off.joint:
         return found
     return Found(candidate=None, off=off, errors=off, rounded=rounded_plain, qparams=None, fitted=plain)
@@ -206,13 +166,6 @@ def _candidates(quantizer: ActivationQuantizer, readers: Sequence[Reader], shift
         yield Candidate(factor=factor, shift=None, exponent=exponent)
         if shifts and has_w4:
             yield Candidate(factor=factor, shift=channel_shifts(factor), exponent=exponent)
-
-
-def input_channel_maxima(reader: Reader) -> Tensor:
-    """max |W| by input channel, [C_in]; in a grouped convolution the groups' channels follow each other."""
-    weight, groups = reader.weight.detach(), reader.call.groups
-    by_channel = weight.abs().reshape(groups, weight.shape[0] // groups, weight.shape[1], -1)
-    return by_channel.amax(dim=(1, 3)).reshape(-1).to(torch.float32)
 
 
 def _fit_input(quantizer: ActivationQuantizer, factor: Tensor, x: Tensor, axis: int, *, coarse: bool) -> QParams:
@@ -247,30 +200,3 @@ def _fit_weight(reader: Reader, candidate: Candidate, *, coarse: bool) -> Weight
     qparams = search_mse(seen.flatten(1), own.spec, candidates=_COARSE_RANGES)
     fitted.scale, fitted.zero_point, fitted.calibrated = qparams.scale, qparams.zero_point, True
     return fitted
-
-
-def _relative_error(
-    readers: Sequence[Reader], targets: Sequence[Tensor], x: Tensor, weights: Sequence[Tensor]
-) -> float:
-    """Sum over the layers of the mean over rows of ||y' - y||^2 / ||y||^2: every noise level counts alike."""
-    total = 0.0
-    for reader, target, weight in zip(readers, targets, weights, strict=True):
-        error = _row_energies(layer_output(reader.call, x, weight) - target)
-        total += float((error / _row_energies(target).clamp(min=1e-30)).mean())
-    return total
-
-
-def _row_energies(values: Tensor) -> Tensor:
-    norms: Tensor = torch.linalg.vector_norm(values.flatten(1), dim=1, dtype=torch.float64)
-    return norms.square()
-
-
-def layer_output(call: LayerCall, x: Tensor, weight: Tensor) -> Tensor:
-    """The layer's output without its bias."""
-    operator: Any = call.node.target
-    result: Tensor = operator(x, weight, None, *call.node.args[3:], **_without_bias(call.node.kwargs))
-    return result
-
-
-def _without_bias(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in kwargs.items() if key != "bias"}

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, fx
 
 from qdiff_fx.allocation.channel_factors import input_nodes, readers_of
-from qdiff_fx.allocation.factor_search import Reader, input_channel_maxima, install_factor, smoothing_factor
+from qdiff_fx.allocation.factor_errors import Reader, input_channel_maxima
+from qdiff_fx.allocation.factor_search import install_factor, smoothing_factor
 from qdiff_fx.fake_quantize import ActivationQuantizer, WeightQuantizer
 from qdiff_fx.graph.meta import LAYER
 from qdiff_fx.numerics.affine import QParams, qparams_from_range
