@@ -6,10 +6,12 @@
 #   make format     rewrite the sources as the gate wants them
 #   make clean      remove everything that make and the tools wrote, .venv included
 #
+# WORKERS=n sets how many processes share the tests, one thread each (one a core); 0 runs them in one process.
 # PYTHON=... picks the interpreter that makes .venv. Where pip would fetch a CUDA build of torch, PIP_EXTRA_INDEX_URL
 # set to PyTorch's index of CPU wheels makes it take the CPU build of the same version.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
+WORKERS ?= auto
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
@@ -20,7 +22,7 @@ demo: $(INSTALLED)
 	$(BIN)/qdiff-fx demo --out demo
 
 test: lint
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses $(WORKERS) --maxprocesses 8 --dist loadfile
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -q -m slow
