@@ -9,6 +9,7 @@ for its weights, nothing else. Medians over `--repeats`.
 from __future__ import annotations
 
 import argparse
+import itertools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +24,7 @@ from qdiff_fx.assets import load_unconditional
 from qdiff_fx.fake_quantize import QuantizerMode
 from qdiff_fx.numerics.adaround import reconstruction_loss
 from qdiff_fx.reconstruction import ReconstructionConfig
-from qdiff_fx.reconstruction.adaround import BlockRounding, step_loss
+from qdiff_fx.reconstruction.adaround import BlockRounding, rounding_step
 from qdiff_fx.reconstruction.cache import ActivationCache
 from qdiff_fx.reconstruction.problem import BlockProblem
 from qdiff_fx.reconstruction.streams import FULL, QUANTIZED, Streams
@@ -69,19 +70,24 @@ def _measure(unit: Unit, streams: Streams, config: ReconstructionConfig, repeats
     problem = BlockProblem(unit=unit, streams=streams, mode=QuantizerMode.PASS, exponent=2.0)
     rounding = BlockRounding(unit.weights)
     optimizer = torch.optim.Adam([rounding.variable], lr=config.weight_learning_rate, fused=True)
-    batch = torch.randperm(streams.rows, generator=torch.Generator().manual_seed(0))[: config.batch_size]
+    order = torch.randperm(streams.rows, generator=torch.Generator().manual_seed(0))
+    batches = itertools.cycle(order.split(config.batch_size))
     fixed = unit.quantized_weights
 
     def learn() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        step_loss(problem, rounding, config, batch, fixed, config.weight_iterations // 2).backward()  # type: ignore[no-untyped-call]
+        rounding_step(problem, rounding, config, next(batches), fixed, config.weight_iterations // 2)
         optimizer.step()
 
     weights = [weight.clone().requires_grad_() for weight in unit.full_weights]
-    inputs = streams.gather(FULL, unit.inputs, batch, unit.device)
-    targets = streams.gather(FULL, unit.outputs, batch, unit.device)
+    # Rows that lie together: a step in which nothing is gathered.
+    chunks = itertools.cycle(
+        [slice(at, at + config.batch_size) for at in range(0, streams.rows - config.batch_size + 1, config.batch_size)]
+    )
 
     def bare() -> None:
+        rows = next(chunks)
+        inputs = streams.gather(FULL, unit.inputs, rows, unit.device)
+        targets = streams.gather(FULL, unit.outputs, rows, unit.device)
         outputs = unit.run(inputs, list(weights), QuantizerMode.PASS)
         pairs = zip(outputs, targets, strict=True)
         loss = torch.stack([reconstruction_loss(output, target, 2.0) for output, target in pairs]).sum()

@@ -88,6 +88,36 @@ def rounding_penalty(rounding: Float[Tensor, " n"], beta: float) -> Float[Tensor
     return (1.0 - (2.0 * rounding - 1.0).abs().pow(beta)).sum()
 
 
+def rounding_gradient(
+    variable: Float[Tensor, " n"],
+    weight_gradient: Float[Tensor, " n"],
+    gap: Float[Tensor, " n"],
+    *,
+    regularization: float,
+    beta: float | None,
+) -> Float[Tensor, " n"]:
+    """d/dV of loss(low + h(V) * gap) + regularization * rounding_penalty(h(V), beta), in closed form.
+
+    The chain from V to the weight and to the penalty is elementwise, so nothing of it needs an autograd graph.
+
+    Args:
+      variable: V.
+      weight_gradient: d loss / d weight.
+      gap: of `RoundingGrid`.
+      regularization: weight of the penalty.
+      beta: exponent of the penalty; None where there is none yet.
+    """
+    sigmoid = torch.sigmoid(variable)
+    # 2 h - 1 before clamping; h is clamped, and has no gradient, where this leaves [-1, 1].
+    centred = sigmoid * (2.0 * (ZETA - GAMMA)) + (2.0 * GAMMA - 1.0)
+    gradient = weight_gradient * gap
+    if beta is not None:
+        magnitude = centred.abs().pow_(beta - 1.0)
+        gradient.sub_(magnitude.copysign_(centred), alpha=2.0 * beta * regularization)
+    slope = sigmoid.mul_(1.0 - sigmoid).mul_(ZETA - GAMMA)
+    return gradient.mul_(slope).masked_fill_(centred.abs_() > 1.0, 0.0)
+
+
 def annealed_beta(progress: float, *, warmup: float, start: float, end: float) -> float | None:
     """The exponent at `progress` in [0, 1] of the iterations; None during warm-up, when there is no penalty.
 
@@ -99,9 +129,18 @@ def annealed_beta(progress: float, *, warmup: float, start: float, end: float) -
 
 
 def reconstruction_loss(
-    output: Float[Tensor, "batch channels *rest"], target: Float[Tensor, "batch channels *rest"], exponent: float
+    output: Float[Tensor, "batch channels *rest"],
+    target: Float[Tensor, "batch channels *rest"],
+    exponent: float,
+    row_weights: Float[Tensor, " batch"] | None = None,
 ) -> Float[Tensor, ""]:
-    """|output - target|^exponent, summed over axis 1 and averaged over all others, as in BRECQ and Q-Diffusion."""
+    """|output - target|^exponent, summed over axis 1 and averaged over all others, as in BRECQ and Q-Diffusion.
+
+    Args:
+      row_weights: how much each row counts; None counts them alike.
+    """
     error = output - target
     powered = error.square() if exponent == 2.0 else error.abs().pow(exponent)
+    if row_weights is not None:
+        powered = powered * along_axis(row_weights, powered.ndim)
     return powered.sum() / (output.numel() / output.shape[1])

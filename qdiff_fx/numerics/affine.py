@@ -82,26 +82,28 @@ class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, step: Tensor, zero_point: Tensor | int, qmin: int, qmax: int) -> Tensor:
         inv_step = reciprocal(step)
-        ctx.save_for_backward(x, step, zero_point if isinstance(zero_point, Tensor) else None)
-        ctx.zero_point, ctx.qmin, ctx.qmax = zero_point, qmin, qmax
-        return dequantize(quantize(x, inv_step, zero_point, qmin, qmax), step, zero_point).to(x.dtype)
+        level = quantize(x, inv_step, zero_point, qmin, qmax) - zero_point
+        steps = x.to(torch.float32) * inv_step
+        lowest, highest = qmin - zero_point, qmax - zero_point
+        step_error = passes = None
+        # What the backward pass needs is made here, while the operands are in the cache.
+        if ctx.needs_input_grad[1]:
+            step_error = torch.where((steps > lowest) & (steps < highest), level - steps, level)
+        if ctx.needs_input_grad[0]:
+            # Closed interval, as torch.clamp has it: an exact zero under zero point 0 keeps its gradient.
+            passes = (steps >= lowest) & (steps <= highest)
+        ctx.save_for_backward(step_error, passes)
+        ctx.step_shape, ctx.step_dtype = step.shape, step.dtype
+        return (level * step).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, step, zero_point = ctx.saved_tensors
-        if zero_point is None:
-            zero_point = ctx.zero_point
-        lowest, highest = ctx.qmin - zero_point, ctx.qmax - zero_point
-        steps = x.to(torch.float32) * reciprocal(step)
-        x_gradient = step_gradient = None
-        if ctx.needs_input_grad[0]:
-            # Closed interval, as torch.clamp has it: an exact zero under zero point 0 keeps its gradient.
-            x_gradient = gradient * ((steps >= lowest) & (steps <= highest))
-        if ctx.needs_input_grad[1]:
-            rounding = torch.where((steps > lowest) & (steps < highest), steps, 0.0)
-            saturated = torch.clamp(torch.round(steps), lowest, highest)
-            step_gradient = (gradient.to(torch.float32) * (saturated - rounding)).sum_to_size(step.shape).to(step.dtype)
-        return x_gradient, step_gradient, None, None, None
+        step_error, passes = ctx.saved_tensors
+        step_gradient = None
+        if step_error is not None:
+            products = gradient.to(torch.float32) * step_error
+            step_gradient = products.sum_to_size(ctx.step_shape).to(ctx.step_dtype)
+        return None if passes is None else gradient * passes, step_gradient, None, None, None
 
 
 def fake_quantize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -13,16 +14,15 @@ from qdiff_fx.numerics.adaround import (
     annealed_beta,
     hard_rounding,
     initial_variable,
-    rounding_penalty,
+    rounding_gradient,
     soft_rounding,
 )
 from qdiff_fx.reconstruction.config import ReconstructionConfig
-from qdiff_fx.reconstruction.problem import BlockProblem, minibatches
+from qdiff_fx.reconstruction.drop import dropped
+from qdiff_fx.reconstruction.lsq import BlockSteps
+from qdiff_fx.reconstruction.problem import BlockProblem, Convergence, minibatches
 from qdiff_fx.reconstruction.result import BlockResult
 from qdiff_fx.reconstruction.subgraph import UnitWeight
-
-CHECK_EVERY = 25
-"""Iterations between two looks at whether the rounding is binary."""
 
 _BINARY = 1e-3
 """h this close to 0 or 1 counts as decided."""
@@ -30,6 +30,8 @@ _BINARY = 1e-3
 
 class BlockRounding:
     """The rounding variables of several weights as one vector: an operation a step, however many layers.
+
+    No autograd graph leads from the variables to the weights: `set_gradient` has the chain in closed form.
 
     Args:
       weights: whose rounding is learned.
@@ -43,30 +45,33 @@ class BlockRounding:
         self.gap = torch.cat([grid.gap.reshape(-1) for grid in grids])
         self.variable = initial_variable(torch.cat([grid.fraction.reshape(-1) for grid in grids]))
         self.free = self.gap != 0
-        self.variable.requires_grad_()
 
-    def soft(self) -> Tensor:
-        """h(V) of every weight, [n]."""
-        return soft_rounding(self.variable)
-
-    def soft_weights(self, rounding: Tensor) -> list[Tensor]:
-        """The weights between their neighbours on the grid, differentiable in `rounding`."""
-        flat = torch.addcmul(self.low, rounding, self.gap)
+    @torch.no_grad()
+    def soft_weights(self) -> list[Tensor]:
+        """The weights between their neighbours on the grid: leaves that want a gradient."""
+        flat = torch.addcmul(self.low, soft_rounding(self.variable), self.gap)
         parts = torch.split(flat, self.sizes)
         return [
-            part.view(item.weight.shape).to(item.weight.dtype) for part, item in zip(parts, self.weights, strict=True)
+            part.view(item.weight.shape).to(item.weight.dtype).requires_grad_()
+            for part, item in zip(parts, self.weights, strict=True)
         ]
 
+    @torch.no_grad()
+    def set_gradient(self, weight_gradients: Sequence[Tensor], regularization: float, beta: float | None) -> None:
+        """Give the variables the gradient of loss and penalty, from those of the weights; see `rounding_gradient`."""
+        flat = torch.cat([gradient.reshape(-1).to(torch.float32) for gradient in weight_gradients])
+        self.variable.grad = rounding_gradient(self.variable, flat, self.gap, regularization=regularization, beta=beta)
+
+    @torch.no_grad()
     def binary(self) -> bool:
         """Whether every weight has decided."""
-        with torch.no_grad():
-            rounding = self.soft()
-            undecided = (rounding > _BINARY) & (rounding < 1.0 - _BINARY) & self.free
-            return not bool(undecided.any())
+        rounding = soft_rounding(self.variable)
+        undecided = (rounding > _BINARY) & (rounding < 1.0 - _BINARY) & self.free
+        return not bool(undecided.any())
 
     def decisions(self) -> list[Tensor]:
         """Hard rounding, bool in the shape of each weight."""
-        parts = torch.split(hard_rounding(self.variable.detach()), self.sizes)
+        parts = torch.split(hard_rounding(self.variable), self.sizes)
         return [part.view(item.weight.shape).clone() for part, item in zip(parts, self.weights, strict=True)]
 
 
@@ -75,11 +80,11 @@ def learn_rounding(problem: BlockProblem, config: ReconstructionConfig, seed: in
 
     Nagel et al. 2020, with the defaults of BRECQ and Q-Diffusion in preset "full". Departures: minibatches are drawn
     without replacement; if the learned rounding reconstructs worse than the initial one over all rows, the initial
-    one stays.
+    one stays. With `config.joint_steps` the steps of the activations are learned in the same iterations.
 
     Args:
-      problem: with activations in full precision, as published.
-      seed: of the order of rows.
+      problem: with activations in full precision, as published, or quantized for the options that want it.
+      seed: of the order of rows, and of what is dropped.
     """
     unit, started = problem.unit, time.monotonic()
     owned = [item for item in unit.weights if item.owned]
@@ -88,17 +93,23 @@ def learn_rounding(problem: BlockProblem, config: ReconstructionConfig, seed: in
         return BlockResult.unchanged(unit, "weights", initial_loss)
     before = [item.quantizer.codes(item.weight) for item in owned]
     rounding = BlockRounding(owned)
+    steps = BlockSteps(unit.quantizers) if config.joint_steps and unit.quantizers else None
     steps_started = time.monotonic()
-    iterations = _optimise(problem, rounding, config, seed)
+    with nullcontext() if steps is None else steps, dropped(unit.quantizers, config.activation_drop, seed):
+        iterations = _optimise(problem, rounding, steps, config, seed)
     seconds_a_step = (time.monotonic() - steps_started) / iterations
     previous = [item.quantizer.round_up for item in owned]
     for item, decision in zip(owned, rounding.decisions(), strict=True):
         item.quantizer.round_up = decision
+    if steps is not None:
+        steps.assign(steps.learned())
     learned_loss = problem.total_loss(unit.quantized_weights)
     kept = learned_loss <= initial_loss
     if not kept:
         for item, decision_before in zip(owned, previous, strict=True):
             item.quantizer.round_up = decision_before
+        if steps is not None:
+            steps.assign(steps.starts)
     after = [item.quantizer.codes(item.weight) for item in owned]
     changed = sum(int((new != old).sum()) for new, old in zip(after, before, strict=True))
     return BlockResult(
@@ -115,43 +126,58 @@ def learn_rounding(problem: BlockProblem, config: ReconstructionConfig, seed: in
     )
 
 
-def _optimise(problem: BlockProblem, rounding: BlockRounding, config: ReconstructionConfig, seed: int) -> int:
+def _optimise(
+    problem: BlockProblem, rounding: BlockRounding, steps: BlockSteps | None, config: ReconstructionConfig, seed: int
+) -> int:
     """Adam on the rounding variables; returns the number of steps made."""
     fixed = problem.unit.quantized_weights
     optimizer = torch.optim.Adam([rounding.variable], lr=config.weight_learning_rate, fused=True)
+    step_optimizer = None if steps is None else torch.optim.Adam([steps.exponents], lr=config.activation_learning_rate)
     rows = minibatches(problem.streams.rows, config.batch_size, seed)
+    progress = Convergence()
     for iteration, batch in enumerate(itertools.islice(rows, config.weight_iterations)):
-        optimizer.zero_grad(set_to_none=True)
-        step_loss(problem, rounding, config, batch, fixed, iteration).backward()  # type: ignore[no-untyped-call]
+        loss = rounding_step(problem, rounding, config, batch, fixed, iteration, steps)
         optimizer.step()
-        past_warmup = iteration >= config.warmup * config.weight_iterations
-        if config.early_stop and past_warmup and iteration % CHECK_EVERY == 0 and rounding.binary():
+        if step_optimizer is not None:
+            step_optimizer.step()
+        settled = progress.settled(loss) and iteration >= config.warmup * config.weight_iterations
+        if config.early_stop and settled and rounding.binary():
             return iteration + 1
     return config.weight_iterations
 
 
-def step_loss(
+def rounding_step(
     problem: BlockProblem,
     rounding: BlockRounding,
     config: ReconstructionConfig,
     batch: Tensor,
     fixed: Sequence[Tensor],
     iteration: int,
-) -> Tensor:
-    """Reconstruction loss plus rounding penalty of one step.
+    steps: BlockSteps | None = None,
+) -> float:
+    """Forward and backward pass of one step: sets the gradient of the rounding variables, and of `steps`.
 
     Args:
       batch: row indices.
       fixed: all weights of the unit, quantized; those that it owns are replaced by the learned ones.
       iteration: from 0.
+      steps: learned along.
+
+    Returns: the reconstruction loss of the minibatch.
     """
-    soft = rounding.soft()
-    learned = iter(rounding.soft_weights(soft))
+    leaves = rounding.soft_weights()
+    learned = iter(leaves)
     weights = [
         next(learned) if item.owned else weight for item, weight in zip(problem.unit.weights, fixed, strict=True)
     ]
-    loss = problem.loss(batch, weights)
+    if steps is None:
+        loss = problem.loss(batch, weights)
+        gradients = list(torch.autograd.grad(loss, leaves))
+    else:
+        loss = steps.loss(problem, weights, batch)
+        *gradients, steps.exponents.grad = torch.autograd.grad(loss, [*leaves, steps.exponents])
     beta = annealed_beta(
         iteration / config.weight_iterations, warmup=config.warmup, start=config.beta_start, end=config.beta_end
     )
-    return loss if beta is None else loss + config.regularization * rounding_penalty(soft, beta)
+    rounding.set_gradient(gradients, config.regularization, beta)
+    return float(loss)

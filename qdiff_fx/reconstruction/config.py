@@ -9,6 +9,7 @@ from typing import Any, Self
 from qdiff_fx.errors import ConfigError
 
 GRANULARITIES = ("block", "layer")
+ROUNDINGS = ("adaround", "squant")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,15 +29,20 @@ class ReconstructionConfig:
       weight_exponent, activation_exponent: of the reconstruction loss |output - target|^exponent.
       early_stop: end a block once its rounding is binary.
       granularity: "block", or "layer" for the baseline that learns each layer by itself.
+      rounding: "adaround", or "squant" for the baseline that flips roundings without looking at data.
+      activation_drop: learn rounding with activations quantized, but for this share at random; None learns it with
+        activations in full precision.
+      joint_steps: learn activation steps in the iterations that learn rounding, too.
+      timestep_weights: every noise level counts alike in the loss of a block, however large its errors.
       cache_bytes: memory for cached block inputs and targets; what exceeds it goes to memory-mapped files.
       seed: of the choice of rows.
     """
 
-    weight_iterations: int = 400
+    weight_iterations: int = 500
     weight_learning_rate: float = 0.1
     activation_iterations: int = 100
     activation_learning_rate: float = 1e-2
-    batch_size: int = 32
+    batch_size: int = 8
     regularization: float = 0.01
     beta_start: float = 20.0
     beta_end: float = 2.0
@@ -45,6 +51,10 @@ class ReconstructionConfig:
     activation_exponent: float = 2.4
     early_stop: bool = True
     granularity: str = "block"
+    rounding: str = "adaround"
+    activation_drop: float | None = None
+    joint_steps: bool = False
+    timestep_weights: bool = False
     cache_bytes: int = 4 * 2**30
     seed: int = 0
 
@@ -59,6 +69,14 @@ class ReconstructionConfig:
         for name in ("weight_exponent", "activation_exponent"):
             self._check(name, getattr(self, name) >= 1, "a number >= 1")
         self._check("granularity", self.granularity in GRANULARITIES, f"one of {', '.join(GRANULARITIES)}")
+        self._check("rounding", self.rounding in ROUNDINGS, f"one of {', '.join(ROUNDINGS)}")
+        drop = self.activation_drop
+        self._check("activation_drop", drop is None or 0 <= drop < 1, "a share in [0, 1), or None")
+
+    @property
+    def quantizes_activations_early(self) -> bool:
+        """Whether activations are quantized while rounding is learned."""
+        return self.activation_drop is not None or self.joint_steps
 
     def _check(self, name: str, holds: bool, wanted: str) -> None:
         if not holds:
@@ -90,6 +108,7 @@ _PRESETS: Mapping[str, Mapping[str, Any]] = {
         "weight_iterations": 20_000,
         "weight_learning_rate": 1e-3,
         "activation_iterations": 5000,
+        "batch_size": 32,
         "early_stop": False,
     },
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,16 @@ from qdiff_fx.reconstruction.checkpoint import BlockCheckpoint
 from qdiff_fx.reconstruction.config import ReconstructionConfig
 from qdiff_fx.reconstruction.estimate import check_memory, measure_blocks
 from qdiff_fx.reconstruction.lsq import learn_steps
-from qdiff_fx.reconstruction.problem import BlockProblem
+from qdiff_fx.reconstruction.problem import BlockProblem, balanced_rows
 from qdiff_fx.reconstruction.result import BlockResult
+from qdiff_fx.reconstruction.squant import flip_rounding
 from qdiff_fx.reconstruction.streams import FULL, QUANTIZED, Streams
 from qdiff_fx.reconstruction.subgraph import Unit, partition
 
 logger = logging.getLogger(__name__)
+
+_FORWARD_ROWS = 32
+"""Of a pass without gradients; a minibatch may be smaller."""
 
 Calls = Callable[[], Iterable[Sequence[Tensor]]]
 """Makes a new pass over the calibration rows: the graph's flat inputs, some rows at a time."""
@@ -40,6 +45,7 @@ def reconstruct(
     identity: Mapping[str, str],
     checkpoint_dir: Path | None = None,
     progress: bool | None = None,
+    noise_levels: Tensor | None = None,
 ) -> tuple[BlockResult, ...]:
     """Learn rounding and step sizes of `graph_module`, whose quantizers have their grids; returns a row a block.
 
@@ -54,13 +60,15 @@ def reconstruct(
       identity: what a checkpoint must agree with, beside `config`.
       checkpoint_dir: where finished blocks are kept, and cached inputs beyond `config.cache_bytes`.
       progress: show a bar; None does so on a terminal.
+      noise_levels: [rows], the index of each row's noise level, for `config.timestep_weights`.
 
     Raises: CheckpointError if `checkpoint_dir` holds another reconstruction.
     """
     checkpoint = BlockCheckpoint(checkpoint_dir, {**identity, "reconstruction config": repr(config.to_dict())})
     units = partition(graph_module, config.granularity)
     learns_steps = bool(config.activation_iterations) and any(unit.quantizers for unit in units)
-    phases = [*(["weights"] if config.weight_iterations else []), *(["activations"] if learns_steps else [])]
+    learns_rounding = bool(config.weight_iterations) or config.rounding == "squant"
+    phases = [*(["weights"] if learns_rounding else []), *(["activations"] if learns_steps else [])]
     costs = measure_blocks(graph_module, units, input_names, next(iter(calls())), config)
     device = units[0].device if units else torch.device("cpu")
     check_memory(costs, rows, config, checkpoint_dir, device)
@@ -71,10 +79,10 @@ def reconstruct(
         for phase in phases:
             cache = ActivationCache(config.cache_bytes, checkpoint_dir)
             try:
-                streams = Streams(graph_module, units, cache, batch_size=config.batch_size)
+                streams = Streams(graph_module, units, cache, batch_size=max(config.batch_size, _FORWARD_ROWS))
                 streams.load(input_names, calls(), rows)
                 for unit in units:
-                    result = _reconstruct_unit(unit, phase, streams, config, checkpoint)
+                    result = _reconstruct_unit(unit, phase, streams, config, checkpoint, noise_levels)
                     if result is not None:
                         results.append(result)
                         bar.set_postfix_str(f"{phase}, {result.name}", refresh=False)
@@ -93,10 +101,16 @@ def _progress_bar(expected: float, progress: bool | None) -> Any:
 
 
 def _reconstruct_unit(
-    unit: Unit, phase: str, streams: Streams, config: ReconstructionConfig, checkpoint: BlockCheckpoint
+    unit: Unit,
+    phase: str,
+    streams: Streams,
+    config: ReconstructionConfig,
+    checkpoint: BlockCheckpoint,
+    noise_levels: Tensor | None,
 ) -> BlockResult | None:
     """Advance both streams over `unit`, learning in between; None where there is nothing to learn."""
-    mode = QuantizerMode.PASS if phase == "weights" else QuantizerMode.QUANTIZE
+    quantized = phase == "activations" or config.quantizes_activations_early
+    mode = QuantizerMode.QUANTIZE if quantized else QuantizerMode.PASS
     streams.advance(unit, FULL, QuantizerMode.PASS)
     streams.release_full_inputs(unit)
     result = None
@@ -106,9 +120,19 @@ def _reconstruct_unit(
             seed = config.seed * 1_000_003 + unit.index * 2 + (phase == "activations")
             exponent = config.weight_exponent if phase == "weights" else config.activation_exponent
             problem = BlockProblem(unit=unit, streams=streams, mode=mode, exponent=exponent)
-            learn = learn_rounding if phase == "weights" else learn_steps
-            result = learn(problem, config, seed)
+            if config.timestep_weights and noise_levels is not None:
+                row_weights = balanced_rows(problem, unit.quantized_weights, noise_levels)
+                problem = replace(problem, row_weights=row_weights)
+            result = _LEARNERS[phase, config.rounding](problem, config, seed)
             checkpoint.save(unit, result)
     streams.advance(unit, QUANTIZED, mode)
     streams.release(unit)
     return result
+
+
+_LEARNERS: Mapping[tuple[str, str], Callable[[BlockProblem, ReconstructionConfig, int], BlockResult]] = {
+    ("weights", "adaround"): learn_rounding,
+    ("weights", "squant"): flip_rounding,
+    ("activations", "adaround"): learn_steps,
+    ("activations", "squant"): learn_steps,
+}

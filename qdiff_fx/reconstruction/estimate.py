@@ -14,7 +14,7 @@ from torch import Tensor, fx
 
 from qdiff_fx.errors import CalibrationError
 from qdiff_fx.fake_quantize import QuantizerMode
-from qdiff_fx.reconstruction.adaround import BlockRounding, step_loss
+from qdiff_fx.reconstruction.adaround import BlockRounding, rounding_step
 from qdiff_fx.reconstruction.cache import ActivationCache
 from qdiff_fx.reconstruction.config import ReconstructionConfig
 from qdiff_fx.reconstruction.lsq import BlockSteps
@@ -22,8 +22,9 @@ from qdiff_fx.reconstruction.problem import BlockProblem
 from qdiff_fx.reconstruction.streams import FULL, QUANTIZED, Streams
 from qdiff_fx.reconstruction.subgraph import Unit
 
-_FLAT_VECTORS = 9
-"""float32 vectors of a learned weight: low, gap, V, its gradient, two of Adam, h, the soft weight and its gradient."""
+_FLAT_VECTORS = 11
+"""float32 vectors of a learned weight: low, gap, V and its gradient, two of Adam, the soft weight, its gradient twice
+(by layer and as one vector), and two of the closed form."""
 
 _GIB = 2.0**30
 
@@ -127,14 +128,15 @@ def _measure(unit: Unit, streams: Streams, config: ReconstructionConfig) -> Bloc
         problem = BlockProblem(unit=unit, streams=streams, mode=QuantizerMode.PASS, exponent=config.weight_exponent)
         rounding, fixed = BlockRounding(owned), unit.quantized_weights
         last = config.weight_iterations - 1
-        weight_step, saved = _timed(lambda: step_loss(problem, rounding, config, batch, fixed, last))
+        weight_step, saved = _timed(lambda: rounding_step(problem, rounding, config, batch, fixed, last))
         step_bytes = saved + _FLAT_VECTORS * 4 * sum(rounding.sizes)
     if unit.quantizers and config.activation_iterations:
         problem = BlockProblem(
             unit=unit, streams=streams, mode=QuantizerMode.QUANTIZE, exponent=config.activation_exponent
         )
         with BlockSteps(unit.quantizers) as steps:
-            activation_step, saved = _timed(lambda: steps.loss(problem, unit.quantized_weights, batch))
+            weights = unit.quantized_weights
+            activation_step, saved = _timed(lambda: steps.loss(problem, weights, batch).backward())  # type: ignore[no-untyped-call]
         step_bytes = max(step_bytes, saved)
     return BlockCost(
         name=unit.name,
@@ -145,7 +147,7 @@ def _measure(unit: Unit, streams: Streams, config: ReconstructionConfig) -> Bloc
     )
 
 
-def _timed(make_loss: Callable[[], Tensor]) -> tuple[float, int]:
+def _timed(step: Callable[[], object]) -> tuple[float, int]:
     """Seconds of forward and backward, and bytes that autograd saved; the first of two runs warms up."""
     saved = 0
 
@@ -158,7 +160,6 @@ def _timed(make_loss: Callable[[], Tensor]) -> tuple[float, int]:
     for _ in range(2):
         saved, started = 0, time.monotonic()
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            loss = make_loss()
-        loss.backward()  # type: ignore[no-untyped-call]
+            step()
         seconds = time.monotonic() - started
     return seconds, saved

@@ -6,12 +6,13 @@ import itertools
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor, fx, nn
 
 from qdiff_fx.errors import CalibrationError
-from qdiff_fx.fake_quantize import ActivationQuantizer, QuantizerMode, WeightQuantizer, set_mode
+from qdiff_fx.fake_quantize import ActivationQuantizer, AttentionQuantizer, QuantizerMode, WeightQuantizer
 from qdiff_fx.graph.edit import get_tensor, layer_call
 from qdiff_fx.graph.meta import BLOCK, LAYER
 
@@ -60,9 +61,16 @@ class Unit:
 
     def run(self, inputs: list[Tensor], weights: list[Tensor], mode: QuantizerMode) -> tuple[Tensor, ...]:
         """The unit's outputs, with activation quantizers in `mode`."""
-        set_mode(self.graph_module, mode)
+        for module in self.moded:
+            module.mode = mode
         result: tuple[Tensor, ...] = self.graph_module(*inputs, *weights)
         return result
+
+    @cached_property
+    def moded(self) -> tuple[ActivationQuantizer | AttentionQuantizer, ...]:
+        """Everything in the unit that has a mode; looked up once, a step takes less than a walk over the modules."""
+        kinds = (ActivationQuantizer, AttentionQuantizer)
+        return tuple(module for module in self.graph_module.modules() if isinstance(module, kinds))
 
     @property
     def device(self) -> torch.device:

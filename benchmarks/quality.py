@@ -1,0 +1,268 @@
+"""What each step of the method gains on the bundled unconditional model, at uniform bits: cell by cell, resumable.
+
+    python benchmarks/quality.py --work /tmp/quality
+    python benchmarks/quality.py --work /tmp/quality --cells "W4A8/*"
+
+Every finished cell, every reconstructed block and the data are kept in the work folder, so a killed run continues.
+Writes docs/results-reconstruction.json and .md, and the plot of the error's growth, from the cells that are there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from quality_page import write_page
+
+import qdiff_fx
+from qdiff_fx.assets import load_unconditional
+from qdiff_fx.calibration.driver import activation_quantizers, weight_quantizers
+from qdiff_fx.evaluation import endpoint_psnr, output_sqnr, sample_ddim, trajectory_error
+from qdiff_fx.fake_quantize import QuantizerMode
+from qdiff_fx.numerics.affine import QParams
+from qdiff_fx.reconstruction import ReconstructionConfig
+from qdiff_fx.report.machine import describe_machine
+from qdiff_fx.safe_io import read_json, read_tensors, write_json, write_tensors
+from qdiff_fx.stages import learn_blocks, observe_and_fit
+
+STEPS, GROWTH_STEPS, IMAGES, NOISE_SEED = 50, 100, 16, 5
+UNIFORM: dict[str, Any] = {"weight_slack": 0.0, "activation_slack": 0.0, "equalize": False}
+MINMAX = {"weight_observer": "minmax", "activation_observer": "minmax", "split_shortcuts": False}
+NO_STEPS, NO_ROUNDING = {"activation_iterations": 0}, {"weight_iterations": 0}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One model to make and to measure.
+
+    Args:
+      config: fields of QDiffConfig beyond the width and UNIFORM.
+      learn: fields of ReconstructionConfig beyond its preset; None learns nothing.
+      preset: of ReconstructionConfig.
+      source: the cell whose rounding (and, at the same width, steps) this one begins with.
+      seed: of the calibration set, the observers and the learning.
+      growth: also follow the error over DDIM-100, for weights alone, activations alone and both.
+    """
+
+    config: dict[str, Any] = field(default_factory=dict)
+    learn: dict[str, Any] | None = None
+    preset: str = "fast"
+    source: str | None = None
+    seed: int = 0
+    growth: bool = False
+
+
+def _chain(width: str) -> dict[str, Cell]:
+    """The steps of the method at one width; four-bit rounding is learned once, with activations in full precision."""
+    learns = width in ("W4A32", "W8A8")
+    cells = {
+        "RTN min-max": Cell(config=MINMAX),
+        "RTN MSE": Cell(config={"split_shortcuts": False}),
+        "split": Cell(),
+        "SQuant": Cell(learn={"rounding": "squant"} | NO_STEPS),
+    }
+    for name, granularity in (("layer AdaRound", "layer"), ("block AdaRound", "block")):
+        learn = {"granularity": granularity} | NO_STEPS
+        cells[name] = Cell(learn=learn) if learns else Cell(source=f"W4A32/{name}")
+    if width != "W4A32":
+        cells["LSQ"] = Cell(source=f"{width}/block AdaRound", learn=NO_ROUNDING, growth=width == "W4A8")
+    return {f"{width}/{name}": cell for name, cell in cells.items()}
+
+
+CELLS: dict[str, Cell] = {
+    **{name: cell for width in ("W4A32", "W4A8", "W8A8", "W4A6", "W4A4") for name, cell in _chain(width).items()},
+    **{
+        f"seed {seed}/{name}": cell
+        for seed in (1, 2)
+        for name, cell in {
+            "W4A8 block AdaRound": Cell(learn=NO_STEPS, seed=seed),
+            "W4A8 LSQ": Cell(source=f"seed {seed}/W4A8 block AdaRound", learn=NO_ROUNDING, seed=seed),
+        }.items()
+    },
+    "option W4A8/drop 0.5": Cell(learn={"activation_drop": 0.5} | NO_STEPS),
+    "option W4A8/joint steps": Cell(learn={"joint_steps": True} | NO_STEPS),
+    "option W4A8/timestep weights": Cell(learn={"timestep_weights": True} | NO_STEPS),
+    "option W4A4/drop 0.5": Cell(learn={"activation_drop": 0.5} | NO_STEPS),
+    "option W4A4/joint steps": Cell(learn={"joint_steps": True} | NO_STEPS),
+    "preset/W4A32 balanced": Cell(learn=NO_STEPS, preset="balanced"),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="folder for data and finished cells")
+    parser.add_argument("--cells", nargs="*", default=["*"], help="globs over cell names; nothing writes the page only")
+    parser.add_argument("--docs", type=Path, default=Path("docs"))
+    arguments = parser.parse_args()
+    names = [name for pattern in arguments.cells for name in CELLS if fnmatchcase(name, pattern)]
+    bench = Bench(arguments.work)
+    for name in dict.fromkeys(names):
+        if not bench.path(name).exists():
+            row = bench.run(name)
+            print(
+                f"{name}: pooled {row['pooled_db']:.2f} median {row['median_db']:.2f} end point "
+                f"{row['endpoint_db']:.2f} dB in {row['seconds']:.0f} s",
+                flush=True,
+            )
+    found = {name: read_json(bench.path(name)) for name in CELLS if bench.path(name).exists()}
+    write_page(arguments.docs, found)
+
+
+class Bench:
+    """Data, references and finished cells.
+
+    Args:
+      work: the folder of all of them.
+    """
+
+    def __init__(self, work: Path) -> None:
+        self.work, self.pipe = work, load_unconditional()
+
+    def path(self, name: str) -> Path:
+        """Of a finished cell."""
+        return self.work / "cells" / f"{_slug(name)}.json"
+
+    def data(self, name: str, samples: int, seed: int) -> qdiff_fx.CalibrationSet:
+        """20 timesteps of DDIM-50 trajectories, `samples` rows at each."""
+        return qdiff_fx.CalibrationSet.collect(
+            self.pipe,
+            num_inference_steps=STEPS,
+            num_timesteps=20,
+            samples_per_timestep=samples,
+            seed=seed,
+            path=self.work / f"{name}-{seed}",
+            progress=False,
+        )
+
+    @cached_property
+    def heldout(self) -> qdiff_fx.CalibrationSet:
+        """Rows of trajectories that nothing was fitted on."""
+        return self.data("heldout", 26, 1000)
+
+    @cached_property
+    def noise(self) -> torch.Tensor:
+        """Where the sampled images begin."""
+        return torch.randn(IMAGES, 1, 28, 28, generator=torch.Generator().manual_seed(NOISE_SEED))
+
+    @cached_property
+    def images(self) -> torch.Tensor:
+        """Of the full-precision network."""
+        return sample_ddim(self.pipe.unet, self.pipe.scheduler, self.noise, num_inference_steps=STEPS).images
+
+    def run(self, name: str) -> dict[str, Any]:
+        """Make and measure one cell."""
+        cell, started = CELLS[name], time.monotonic()
+        prepared, blocks = self._make(name, cell)
+        made = time.monotonic()
+        sqnr = output_sqnr(self.pipe.unet, prepared, self.heldout.batches(32))
+        images = sample_ddim(prepared, self.pipe.scheduler, self.noise, num_inference_steps=STEPS).images
+        psnr = endpoint_psnr(self.images, images)
+        row = {
+            "cell": name,
+            "command": shlex.join(["python", *sys.argv]),
+            "commit": _commit(),
+            "machine": describe_machine(),
+            "seed": cell.seed,
+            "preset": cell.preset if cell.learn is not None else None,
+            "learn": cell.learn,
+            "source": cell.source,
+            "calibration_rows": 1040,
+            "heldout_rows": len(self.heldout),
+            "pooled_db": sqnr.pooled_db,
+            "median_db": sqnr.median_db,
+            "endpoint_db": psnr.median_db,
+            "endpoint_by_sample": list(psnr.by_sample),
+            "by_timestep": [[timestep, value] for timestep, value in sqnr.by_timestep.items()],
+            "learning_seconds": sum(block["seconds"] for block in blocks),
+            "seconds": made - started,
+            "blocks": blocks,
+            "growth": self._growth(prepared) if cell.growth else None,
+        }
+        write_json(self.path(name), row)
+        return row
+
+    def _make(self, name: str, cell: Cell) -> tuple[Any, list[dict[str, Any]]]:
+        width = next(part for part in name.replace("/", " ").split() if part[:2] in ("W4", "W8"))
+        data = self.data("calibration", 52, cell.seed)
+        bits = {"weight_bits": int(width[1]), "activation_bits": int(width[3:])}
+        config = qdiff_fx.QDiffConfig(**UNIFORM | bits | {"seed": cell.seed} | cell.config)
+        prepared = qdiff_fx.prepare(self.pipe.unet, config)
+        observe_and_fit(prepared, data, 32, None, False)
+        if cell.source is not None:
+            if not self.path(cell.source).exists():
+                self.run(cell.source)
+            _take(prepared, read_tensors(self.path(cell.source).with_suffix(".safetensors")))
+        blocks: list[dict[str, Any]] = []
+        if cell.learn is not None:
+            learning = ReconstructionConfig.preset(cell.preset, seed=cell.seed, **cell.learn)
+            folder = self.work / "blocks" / _slug(name)
+            blocks = [item.to_dict() for item in learn_blocks(prepared, data, learning, 32, folder, False)]
+        prepared.set_mode(QuantizerMode.QUANTIZE)
+        self.path(name).parent.mkdir(parents=True, exist_ok=True)
+        write_tensors(self.path(name).with_suffix(".safetensors"), _learned(prepared))
+        return prepared, blocks
+
+    def _growth(self, prepared: Any) -> dict[str, list[float]]:
+        """Relative error after each of DDIM-100's steps from the same noise."""
+        scheduler, count = self.pipe.scheduler, GROWTH_STEPS
+        reference = sample_ddim(self.pipe.unet, scheduler, self.noise, num_inference_steps=count, keep_steps=True)
+        curves: dict[str, list[float]] = {}
+        for label, weights, activations in (
+            ("weights and activations", QuantizerMode.QUANTIZE, QuantizerMode.QUANTIZE),
+            ("weights alone", QuantizerMode.QUANTIZE, QuantizerMode.PASS),
+            ("activations alone", QuantizerMode.PASS, QuantizerMode.QUANTIZE),
+        ):
+            prepared.set_mode(activations)
+            for quantizer, _ in weight_quantizers(prepared.graph_module):
+                quantizer.mode = weights
+            steps = sample_ddim(prepared, scheduler, self.noise, num_inference_steps=count, keep_steps=True).steps
+            curves[label] = trajectory_error(reference.steps, steps)
+        prepared.set_mode(QuantizerMode.QUANTIZE)
+        return curves
+
+
+def _learned(prepared: Any) -> dict[str, torch.Tensor]:
+    """Rounding and steps by the name of their quantizer."""
+    tensors: dict[str, torch.Tensor] = {}
+    for weight, _ in weight_quantizers(prepared.graph_module):
+        if weight.round_up is not None:
+            tensors[f"round_up.{weight.name}"] = weight.round_up
+    for target, activation in activation_quantizers(prepared.graph_module):
+        tensors[f"scale.{activation.spec.bits}.{target}"] = activation.scale
+    return tensors
+
+
+def _take(prepared: Any, tensors: dict[str, torch.Tensor]) -> None:
+    """Begin with another cell's rounding, and with its steps where widths agree."""
+    for weight, _ in weight_quantizers(prepared.graph_module):
+        if (rounding := tensors.get(f"round_up.{weight.name}")) is not None:
+            weight.round_up = rounding.to(torch.bool)
+    for target, activation in activation_quantizers(prepared.graph_module):
+        if (scale := tensors.get(f"scale.{activation.spec.bits}.{target}")) is not None:
+            activation.set_qparams(QParams(scale, activation.zero_point))
+
+
+def _commit() -> str:
+    """Of the sources, with a mark if they are changed."""
+    root = Path(__file__).resolve().parents[1]
+    found = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=10"], cwd=root, capture_output=True, text=True, check=True
+    )
+    return found.stdout.strip()
+
+
+def _slug(name: str) -> str:
+    return name.lower().replace(" ", "-").replace("/", "_")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""docs/results-reconstruction.md and .json from the finished cells of benchmarks/quality.py."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from qdiff_fx.report.plots import COLOURS, plot_error_growth
+from qdiff_fx.safe_io import write_bytes, write_json
+
+PLOT = "images/reconstruction-error-growth.png"
+CHAIN = ("RTN MSE", "split", "layer AdaRound", "block AdaRound", "LSQ")
+TOLERATED_LOSS_DB = 0.1
+YARDSTICKS = {"pooled_db": "pooled", "median_db": "median", "endpoint_db": "end point"}
+
+
+def write_page(docs: Path, cells: dict[str, dict[str, Any]]) -> None:
+    """Write page, JSON and plot.
+
+    Args:
+      docs: the folder of the page.
+      cells: the rows that are there, by name.
+    """
+    if not cells:
+        return
+    write_json(docs / "results-reconstruction.json", {"cells": list(cells.values())})
+    growth = next((row["growth"] for row in cells.values() if row["growth"]), None)
+    sections = [
+        _head(cells),
+        _table("The chain", [name for name in cells if name[:2] in ("W4", "W8")], cells),
+        _steps(cells),
+        _seeds(cells),
+        _growth(docs, growth) if growth else "",
+        _table("Options, each alone", [name for name in cells if name.startswith("option")], cells),
+        _table("Presets", [name for name in cells if name.startswith("preset")] + ["W4A32/block AdaRound"], cells),
+    ]
+    write_bytes(docs / "results-reconstruction.md", "\n\n".join(filter(None, sections)).encode() + b"\n")
+
+
+def _head(cells: dict[str, dict[str, Any]]) -> str:
+    some = next(iter(cells.values()))
+    commits = ", ".join(f"`{commit}`" for commit in dict.fromkeys(row["commit"] for row in cells.values()))
+    return f"""# Reconstruction on the bundled unconditional model
+
+Written by `benchmarks/quality.py`; the command, commit and seed of every cell are in `results-reconstruction.json`
+(commits {commits}; {some["machine"]["processor"]}, {some["machine"]["isa"]}, {some["machine"]["threads"]} thread(s),
+beside other work). Uniform bits but for the boundary rule: no allocation, no channel factors.
+{some["calibration_rows"]} calibration rows, {some["heldout_rows"]} held-out rows of other trajectories. Output SQNR is
+pooled, and the median over timesteps; end point: PSNR after DDIM-50, 16 samples from the same noise, median. Four-bit
+rounding is learned once, with activations in full precision, and reused at every activation width. Every row includes
+what the rows before it in the chain do; RTN rows and SQuant have nothing learned, RTN rows have no shortcut split."""
+
+
+def _table(title: str, names: list[str], cells: dict[str, dict[str, Any]]) -> str:
+    rows = [cells[name] for name in dict.fromkeys(names) if name in cells]
+    if not rows:
+        return ""
+    lines = [
+        f"## {title}",
+        "",
+        "| cell | output SQNR pooled, dB | median, dB | end-point PSNR, dB | seconds of learning |",
+        "|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {row['cell']} | {row['pooled_db']:.2f} | {row['median_db']:.2f} | {row['endpoint_db']:.2f} | "
+        f"{row['learning_seconds']:.0f} |"
+        for row in rows
+    ]
+    return "\n".join(lines)
+
+
+def _steps(cells: dict[str, dict[str, Any]]) -> str:
+    """Steps of the chain that lose, by any yardstick."""
+    losses = []
+    for width in dict.fromkeys(name.split("/")[0] for name in cells if name[:2] in ("W4", "W8")):
+        present = [step for step in CHAIN if f"{width}/{step}" in cells]
+        for before, after in itertools.pairwise(present):
+            old, new = cells[f"{width}/{before}"], cells[f"{width}/{after}"]
+            for key, label in YARDSTICKS.items():
+                if new[key] < old[key] - TOLERATED_LOSS_DB:
+                    losses.append(f"| {width} | {before} -> {after} | {label} | {new[key] - old[key]:+.2f} |")
+    head = f"## Steps of the chain that lose more than {TOLERATED_LOSS_DB} dB\n\n"
+    if not losses:
+        return head + "None."
+    return head + "\n".join(["| width | step | yardstick | change, dB |", "|---|---|---|---|", *losses])
+
+
+def _seeds(cells: dict[str, dict[str, Any]]) -> str:
+    rows = [row for name, row in cells.items() if name == "W4A8/LSQ" or (name[:4] == "seed" and "LSQ" in name)]
+    if len(rows) < 2:
+        return ""
+    figures = []
+    for key, label in YARDSTICKS.items():
+        values = [row[key] for row in rows]
+        spread = math.sqrt(sum((value - mean(values)) ** 2 for value in values) / (len(values) - 1))
+        figures.append(f"{label} {mean(values):.2f} ± {spread:.2f}")
+    table = _table(f"Final W4A8, {len(rows)} seeds", [row["cell"] for row in rows], cells)
+    return f"{table}\n\nMean and standard deviation, dB: {', '.join(figures)}."
+
+
+def _growth(docs: Path, growth: dict[str, list[float]]) -> str:
+    colours = dict(zip(growth, COLOURS, strict=False))
+    curves = [{"label": label, "colour": colours[label], "errors": errors} for label, errors in growth.items()]
+    plot_error_growth(docs / PLOT, curves)
+    count = len(next(iter(growth.values())))
+    places = [count // 10 - 1, count // 2 - 1, count * 9 // 10 - 1, count - 1]
+    lines = [
+        f"## Growth of the error over DDIM-{count}, final W4A8",
+        "",
+        f"![error growth]({PLOT})",
+        "",
+        "Relative error of the sample against full precision from the same noise, after so many steps:",
+        "",
+        f"| | {' | '.join(str(place + 1) for place in places)} |",
+        f"|---|{'---|' * len(places)}",
+    ]
+    lines += [
+        f"| {label} | {' | '.join(f'{errors[place]:.4f}' for place in places)} |" for label, errors in growth.items()
+    ]
+    return "\n".join(lines)
