@@ -1,9 +1,10 @@
 """The cost of a reconstruction step, block by block, against a bare forward and backward of the same block.
 
-    OMP_NUM_THREADS=1 python benchmarks/reconstruction.py --out docs/results-reconstruction-steps.json
+    OMP_NUM_THREADS=1 python benchmarks/reconstruction.py
 
-Both arms run alternately in the same process on the same rows: the bare one is the full-precision block with gradients
-for its weights, nothing else. Medians over `--repeats`.
+Both arms run alternately in the same process on minibatches of the same size: the bare one is the full-precision block
+with gradients for its weights, nothing gathered, no optimiser. Medians over `--repeats`. Writes
+docs/results-reconstruction-steps.json and .md.
 """
 
 from __future__ import annotations
@@ -29,17 +30,32 @@ from qdiff_fx.reconstruction.cache import ActivationCache
 from qdiff_fx.reconstruction.problem import BlockProblem
 from qdiff_fx.reconstruction.streams import FULL, QUANTIZED, Streams
 from qdiff_fx.reconstruction.subgraph import Unit, partition
-from qdiff_fx.safe_io import write_json
+from qdiff_fx.report.machine import describe_machine
+from qdiff_fx.safe_io import write_bytes, write_json
 
 ROWS = 128
+WIDE = 64
+"""Channels from which a block counts."""
+SHORT_SECONDS = 1e-3
+"""A bare step below this is python's overhead rather than the block's arithmetic."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--docs", type=Path, default=Path("docs"))
     parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--batch-sizes", type=int, nargs="*", default=[8, 32])
     arguments = parser.parse_args()
-    pipe, config = load_unconditional(), ReconstructionConfig.preset("fast")
+    runs = [
+        _run(ReconstructionConfig.preset("fast", batch_size=size), arguments.repeats) for size in arguments.batch_sizes
+    ]
+    write_json(arguments.docs / "results-reconstruction-steps.json", {"machine": describe_machine(), "runs": runs})
+    write_bytes(arguments.docs / "results-reconstruction-steps.md", _page(runs).encode())
+
+
+def _run(config: ReconstructionConfig, repeats: int) -> dict[str, Any]:
+    """All blocks with minibatches of `config.batch_size`."""
+    pipe = load_unconditional()
     data = qdiff_fx.CalibrationSet.collect(
         pipe, num_inference_steps=50, num_timesteps=4, samples_per_timestep=ROWS // 4, progress=False
     )
@@ -48,22 +64,63 @@ def main() -> None:
     qdiff_fx.calibrate(prepared, data, progress=False)
     units = partition(prepared.graph_module)
     cache = ActivationCache(config.cache_bytes)
-    streams = Streams(prepared.graph_module, units, cache, batch_size=config.batch_size)
-    calls = (prepared.signature.flatten(call.args, call.kwargs) for call in data.batches(config.batch_size))
+    streams = Streams(prepared.graph_module, units, cache, batch_size=32)
+    calls = (prepared.signature.flatten(call.args, call.kwargs) for call in data.batches(32))
     streams.load(prepared.signature.names, calls, len(data))
     rows = []
     for unit in units:
         streams.advance(unit, FULL, QuantizerMode.PASS)
         if unit.block is not None:
-            rows.append(_measure(unit, streams, config, arguments.repeats))
+            rows.append(_measure(unit, streams, config, repeats))
             print(rows[-1], flush=True)
         streams.advance(unit, QUANTIZED, QuantizerMode.PASS)
         streams.release(unit)
-    wide = [row["ratio"] for row in rows if row["channels"] >= 64]
-    summary = {"threads": torch.get_num_threads(), "median_ratio": median(wide), "largest_ratio": max(wide)}
-    print(summary)
-    write_json(arguments.out, {**summary, "cache_peak_bytes_a_row": cache.peak_bytes / ROWS, "blocks": rows})
+    wide = [row for row in rows if row["channels"] >= WIDE]
+    long = [row["ratio"] for row in wide if row["bare_a_second"] < 1.0 / SHORT_SECONDS]
+    summary = {
+        "batch_size": config.batch_size,
+        "median_ratio": median(row["ratio"] for row in wide),
+        "largest_ratio": max(row["ratio"] for row in wide),
+        "largest_ratio_of_long_steps": max(long),
+        "cache_peak_bytes_a_row": cache.peak_bytes / ROWS,
+        "blocks": rows,
+    }
+    print({key: value for key, value in summary.items() if key != "blocks"}, flush=True)
     cache.close()
+    return summary
+
+
+def _page(runs: list[dict[str, Any]]) -> str:
+    machine = describe_machine()
+    lines = [
+        "# The cost of a reconstruction step, block by block",
+        "",
+        f"Written by `benchmarks/reconstruction.py`: {machine['processor']}, {machine['isa']},",
+        f"{machine['threads']} thread, beside other work. The ratio is the time of a step of learned rounding",
+        "(gathering, forward, backward, gradient of rounding and penalty, Adam) over that of a bare forward and",
+        "backward pass of the same full-precision block, which ran alternately in the same process. Cached bytes are",
+        "those of all live tensors of both streams, a row of calibration data; peak memory is the process's largest",
+        "resident size during the block, torch and all included.",
+    ]
+    for run in runs:
+        lines += [
+            "",
+            f"## Minibatches of {run['batch_size']}",
+            "",
+            f"Blocks of {WIDE} or more channels: median ratio {run['median_ratio']:.2f}, largest "
+            f"{run['largest_ratio']:.2f}; largest of those whose bare step takes {1000 * SHORT_SECONDS:g} ms or more "
+            f"{run['largest_ratio_of_long_steps']:.2f}.",
+            "",
+            "| block | channels | weights | steps/s | bare/s | ratio | cached bytes a row | peak memory, MiB |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        lines += [
+            f"| {row['block']} | {row['channels']} | {row['weights']:,} | {row['steps_a_second']:.1f} | "
+            f"{row['bare_a_second']:.1f} | {row['ratio']:.2f} | {row['cache_bytes_a_row']:,.0f} | "
+            f"{row['peak_bytes'] / 2**20:.0f} |"
+            for row in run["blocks"]
+        ]
+    return "\n".join(lines) + "\n"
 
 
 def _measure(unit: Unit, streams: Streams, config: ReconstructionConfig, repeats: int) -> dict[str, Any]:
@@ -95,6 +152,7 @@ def _measure(unit: Unit, streams: Streams, config: ReconstructionConfig, repeats
 
     times: dict[str, list[float]] = {"learn": [], "bare": []}
     arms: dict[str, Callable[[], None]] = {"learn": learn, "bare": bare}
+    reset_peak()
     for repeat in range(repeats + 2):
         for name, arm in arms.items():
             started = time.perf_counter()
@@ -108,8 +166,20 @@ def _measure(unit: Unit, streams: Streams, config: ReconstructionConfig, repeats
         "steps_a_second": 1.0 / median(times["learn"]),
         "bare_a_second": 1.0 / median(times["bare"]),
         "ratio": median(times["learn"]) / median(times["bare"]),
-        "cache_bytes": streams.cache.memory_bytes,
+        "cache_bytes_a_row": streams.cache.memory_bytes / streams.rows,
+        "peak_bytes": peak_bytes(),
     }
+
+
+def reset_peak() -> None:
+    """Forget the highest resident size of this process so far (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_bytes() -> int:
+    """The highest resident size since `reset_peak`."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) * 1024
 
 
 def _channels(weight: Tensor) -> int:

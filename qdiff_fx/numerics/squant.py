@@ -22,14 +22,16 @@ def squant_rounding(fraction: Float[Tensor, "O I *k"], free: Bool[Tensor, "O I *
     position = fraction.reshape(rows, columns, -1)
     choosable = free.reshape(rows, columns, -1)
     up = position >= 0.5
-    up = _flip(up, position, choosable, choosable.new_ones(()).expand_as(choosable))
-    # One candidate a kernel: the weight whose flip costs least.
+    up = _flip(up, _errors(up, position, choosable), choosable)
+    # A channel's flips go to the kernels that err most in its direction, one each, there to the largest error.
     error = _errors(up, position, choosable)
-    total = error.sum((1, 2), keepdim=True)
-    gain = torch.where(choosable & (error * total > 0), error.abs(), -1.0)
-    candidate = torch.zeros_like(up).scatter_(2, gain.argmax(2, keepdim=True), True)
-    flat = [tensor.reshape(rows, 1, -1) for tensor in (up, position, choosable, candidate)]
-    return _flip(*flat).reshape(fraction.shape)
+    by_kernel = error.sum(2)
+    direction = by_kernel.sum(1, keepdim=True).sign()
+    agreeing = by_kernel * direction > 0
+    gain = torch.where(choosable & (error * direction[..., None] > 0), error.abs(), -1.0)
+    flipped_kernels = _flip(torch.zeros_like(agreeing), by_kernel, agreeing)
+    place = torch.zeros_like(up).scatter_(2, gain.argmax(2, keepdim=True), flipped_kernels[..., None])
+    return (up ^ place).reshape(fraction.shape)
 
 
 def _errors(up: Tensor, position: Tensor, choosable: Tensor) -> Tensor:
@@ -37,10 +39,9 @@ def _errors(up: Tensor, position: Tensor, choosable: Tensor) -> Tensor:
     return (up.to(position.dtype) - position) * choosable
 
 
-def _flip(up: Tensor, position: Tensor, choosable: Tensor, candidate: Tensor) -> Tensor:
-    """`up` with the largest errors of each group along the last axis flipped until their sum is half a step at most."""
-    error = _errors(up, position, choosable)
+def _flip(chosen: Tensor, error: Tensor, choosable: Tensor) -> Tensor:
+    """`chosen` with the largest errors along the last axis flipped, as many as bring their sum within half a step."""
     total = error.sum(-1, keepdim=True)
-    gain = torch.where(choosable & candidate & (error * total > 0), error.abs(), -1.0)
+    gain = torch.where(choosable & (error * total > 0), error.abs(), -1.0)
     rank = gain.argsort(dim=-1, descending=True).argsort(dim=-1)
-    return up ^ ((rank < torch.round(total.abs())) & (gain > 0))
+    return chosen ^ ((rank < torch.round(total.abs())) & (gain > 0))

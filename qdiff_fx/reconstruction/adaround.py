@@ -180,4 +180,4 @@ def rounding_step(
         iteration / config.weight_iterations, warmup=config.warmup, start=config.beta_start, end=config.beta_end
     )
     rounding.set_gradient(gradients, config.regularization, beta)
-    return float(loss)
+    return float(loss.detach())

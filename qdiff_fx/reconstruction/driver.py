@@ -6,6 +6,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +73,9 @@ def reconstruct(
     costs = measure_blocks(graph_module, units, input_names, next(iter(calls())), config)
     device = units[0].device if units else torch.device("cpu")
     check_memory(costs, rows, config, checkpoint_dir, device)
-    expected = sum(cost.seconds(config, phase) for cost in costs.values() for phase in phases)
-    logger.info("reconstruction of %d blocks: about %.1f minutes of steps", len(costs), expected / 60)
+    expected = sum(cost.seconds(config, phase, rows) for cost in costs.values() for phase in phases)
+    end = datetime.now() + timedelta(seconds=expected)
+    logger.info("reconstruction of %d blocks: about %.1f minutes, until %s", len(costs), expected / 60, f"{end:%H:%M}")
     results: list[BlockResult] = []
     with _progress_bar(expected, progress) as bar:
         for phase in phases:
@@ -86,7 +88,7 @@ def reconstruct(
                     if result is not None:
                         results.append(result)
                         bar.set_postfix_str(f"{phase}, {result.name}", refresh=False)
-                        bar.update(costs[unit.index].seconds(config, phase))
+                        bar.update(costs[unit.index].seconds(config, phase, rows))
                         logger.info("%s", result)
             finally:
                 cache.close()
@@ -97,7 +99,8 @@ def _progress_bar(expected: float, progress: bool | None) -> Any:
     """A bar over the expected seconds: blocks differ a hundredfold in cost, so counting them gives no ETA."""
     disable = not sys.stderr.isatty() if progress is None else not progress
     form = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
-    return tqdm(desc="reconstruct", total=max(expected, 1e-9), bar_format=form, disable=disable, leave=False)
+    title = f"reconstruct, about {expected / 60:.1f} min"
+    return tqdm(desc=title, total=max(expected, 1e-9), bar_format=form, disable=disable, leave=False)
 
 
 def _reconstruct_unit(

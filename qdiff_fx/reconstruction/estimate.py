@@ -26,6 +26,9 @@ _FLAT_VECTORS = 11
 """float32 vectors of a learned weight: low, gap, V and its gradient, two of Adam, the soft weight, its gradient twice
 (by layer and as one vector), and two of the closed form."""
 
+_PASSES = 4
+"""Forward passes a phase: both streams, and the loss before and after."""
+
 _GIB = 2.0**30
 
 
@@ -36,6 +39,7 @@ class BlockCost:
     Args:
       name: of the block.
       weight_step, activation_step: seconds a step.
+      forward_row: seconds a row of a forward pass.
       row_bytes: of the live cached tensors, both streams, a calibration row.
       step_bytes: of a step: what autograd saves, and the vectors of the rounding.
     """
@@ -43,14 +47,16 @@ class BlockCost:
     name: str
     weight_step: float
     activation_step: float
+    forward_row: float
     row_bytes: float
     step_bytes: int
 
-    def seconds(self, config: ReconstructionConfig, phase: str) -> float:
-        """Of all steps of a phase, if none is saved by an early stop."""
-        if phase == "weights":
-            return self.weight_step * config.weight_iterations
-        return self.activation_step * config.activation_iterations
+    def seconds(self, config: ReconstructionConfig, phase: str, rows: int) -> float:
+        """Of a phase over `rows` calibration rows, if no step is saved by an early stop."""
+        passes = rows * self.forward_row * _PASSES
+        if phase == "activations":
+            return passes + self.activation_step * config.activation_iterations
+        return passes + self.weight_step * config.weight_iterations
 
 
 def measure_blocks(
@@ -123,8 +129,12 @@ def _measure(unit: Unit, streams: Streams, config: ReconstructionConfig) -> Bloc
     batch = torch.arange(min(streams.rows, config.batch_size))
     owned = [item for item in unit.weights if item.owned]
     weight_step = activation_step = 0.0
+    quantized = QuantizerMode.QUANTIZE if config.activation_iterations else QuantizerMode.PASS
+    started = time.monotonic()
+    BlockProblem(unit=unit, streams=streams, mode=quantized, exponent=2.0).total_loss(unit.quantized_weights)
+    forward_row = (time.monotonic() - started) / streams.rows
     step_bytes = 0
-    if owned and config.weight_iterations:
+    if owned and config.weight_iterations and config.rounding == "adaround":
         problem = BlockProblem(unit=unit, streams=streams, mode=QuantizerMode.PASS, exponent=config.weight_exponent)
         rounding, fixed = BlockRounding(owned), unit.quantized_weights
         last = config.weight_iterations - 1
@@ -142,6 +152,7 @@ def _measure(unit: Unit, streams: Streams, config: ReconstructionConfig) -> Bloc
         name=unit.name,
         weight_step=weight_step,
         activation_step=activation_step,
+        forward_row=forward_row,
         row_bytes=streams.cache.memory_bytes / streams.rows,
         step_bytes=step_bytes,
     )

@@ -13,6 +13,7 @@ from qdiff_fx.numerics.adaround import (
     hard_rounding,
     initial_variable,
     reconstruction_loss,
+    rounding_gradient,
     rounding_grid,
     rounding_penalty,
     soft_rounding,
@@ -92,3 +93,27 @@ def test_the_loss_sums_channels_and_averages_the_rest(exponent: float) -> None:
     wanted = (np.abs(output.double().numpy() - target.double().numpy()) ** exponent).sum(1).mean()
     # float32 sums of 300 positive terms.
     assert float(reconstruction_loss(output, target, exponent)) == pytest.approx(wanted, rel=1e-5)
+
+
+@given(seed=st.integers(0, 1000), beta=st.sampled_from([None, 2.0, 7.3, 20.0]), spread=st.sampled_from([0.5, 3.0, 8.0]))
+def test_the_closed_form_is_the_gradient_of_loss_and_penalty(seed: int, beta: float | None, spread: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    variable = (torch.randn(64, generator=generator) * spread).double().requires_grad_()
+    gap, slope = torch.rand(64, generator=generator).double(), torch.randn(64, generator=generator).double()
+    rounding = soft_rounding(variable)
+    loss = (rounding * gap * slope).sum()
+    (loss if beta is None else loss + 0.3 * rounding_penalty(rounding, beta)).backward()
+    found = rounding_gradient(variable.detach(), slope, gap, regularization=0.3, beta=beta)
+    assert torch.allclose(found, variable.grad, rtol=1e-9, atol=1e-12)
+
+
+def test_rows_count_as_their_weights_say() -> None:
+    output, target, weights = torch.randn(3, 4, 5, 5), torch.randn(3, 4, 5, 5), torch.tensor([0.0, 1.0, 2.0])
+    wanted = (
+        sum(
+            float(w * reconstruction_loss(o[None], t[None], 2.0))
+            for w, o, t in zip(weights, output, target, strict=True)
+        )
+        / 3
+    )
+    assert float(reconstruction_loss(output, target, 2.0, weights)) == pytest.approx(wanted, rel=1e-5)

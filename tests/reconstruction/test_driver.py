@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 import qdiff_fx
+from node_by_node import largest_errors
 from qdiff_fx.calibration.driver import activation_quantizers, weight_quantizers
 from qdiff_fx.errors import CalibrationError
 from qdiff_fx.fake_quantize import QuantizerMode
@@ -51,6 +53,38 @@ def test_learned_codes_are_floor_or_one_above(calibrated: Any, run: Any) -> None
         for code, floor in zip(learned, floors, strict=True)
     )
     assert any(not torch.equal(before, after) for before, after in zip(nearest, learned, strict=True))
+
+
+def test_squant_flips_codes_by_one_and_stays_whatever_the_loss_says(calibrated: Any, run: Any) -> None:
+    nearest = _codes(calibrated)
+    results = run(calibrated, rounding="squant", activation_iterations=0)
+    flipped = _codes(calibrated)
+    assert all(result.kept and result.iterations == 0 for result in results)
+    assert all(int((new - old).abs().max()) <= 1 for new, old in zip(flipped, nearest, strict=True))
+    assert any(result.changed > 0 for result in results)
+
+
+def test_the_expected_time_is_told_at_the_start(calibrated: Any, run: Any, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        results = run(calibrated)
+    first = caplog.records[0].getMessage()
+    blocks = len({result.index for result in results})
+    assert re.fullmatch(rf"reconstruction of {blocks} blocks: about \d+\.\d minutes, until \d\d:\d\d", first)
+
+
+def test_layers_agree_node_by_node_with_their_integer_form_after_reconstruction(
+    calibrated: Any, run: Any, sketch: nn.Module
+) -> None:
+    nearest = _codes(calibrated)
+    run(calibrated)
+    calibrated.calibrated = True
+    calibrated.set_mode(QuantizerMode.QUANTIZE)
+    assert any(not torch.equal(new, old) for new, old in zip(_codes(calibrated), nearest, strict=True))
+    quantized = qdiff_fx.convert(calibrated, backend="reference")
+    args, kwargs = calls_of(sketch)[1]
+    errors = largest_errors(calibrated.graph_module, quantized.plan, calibrated.signature.flatten(args, kwargs))
+    # Float32 sums in another order; the plan holds learned codes and steps, or the error would be a whole step.
+    assert len(errors) == 10 and max(errors.values()) < 1e-5
 
 
 def test_steps_stay_positive_and_zero_points_and_weights_do_not_move(calibrated: Any, run: Any) -> None:

@@ -57,6 +57,82 @@ def test_chained_units_compute_what_the_graph_computes(prepared: Any, granularit
         assert torch.equal(value, record.values[name]), name
 
 
+# (block, its weights, its activation quantizers, inputs that come from other blocks or the caller)
+_RESIDUAL, _WIDENING, _JOINING = (3, 3, 2), (4, 4, 2), (5, 5, 3)
+"""A residual block alone, with a 1x1 skip, and with a skip that is split over a shortcut."""
+_ATTENTION = (4, 5, 2)
+_EMBEDDING = [("time_embedding.linear_1", 1, 1, 2), ("time_embedding.linear_2", 1, 1, 1), ("conv_in", 1, 0, 1)]
+_MIDDLE = [("mid_block.resnets.0", *_RESIDUAL), ("mid_block.resnets.1", *_RESIDUAL)]
+
+UNITS: dict[str, list[tuple[str, int, int, int]]] = {
+    "unconditional": [
+        *_EMBEDDING,
+        ("down_blocks.0.resnets.0", *_RESIDUAL),
+        ("down_blocks.0.downsamplers.0.conv", 1, 1, 1),
+        ("down_blocks.1.resnets.0", *_WIDENING),
+        ("down_blocks.1.attentions.0", *_ATTENTION),
+        _MIDDLE[0],
+        ("mid_block.attentions.0", *_ATTENTION),
+        _MIDDLE[1],
+        ("up_blocks.0.resnets.0", *_JOINING),
+        ("up_blocks.0.attentions.0", *_ATTENTION),
+        ("up_blocks.0.resnets.1", 5, 4, 3),  # its shortcut's quantizer belongs to an earlier reader
+        ("up_blocks.0.attentions.1", *_ATTENTION),
+        ("up_blocks.0.upsamplers.0.conv", 1, 1, 1),
+        ("up_blocks.1.resnets.0", 5, 4, 3),
+        ("up_blocks.1.resnets.1", *_JOINING),
+        ("conv_out", 1, 0, 1),
+    ],
+    "conditional": [
+        *_EMBEDDING,
+        ("down_blocks.0.resnets.0", *_RESIDUAL),
+        ("down_blocks.0.attentions.0", 12, 15, 3),
+        ("down_blocks.0.downsamplers.0.conv", 1, 1, 1),
+        ("down_blocks.1.resnets.0", *_WIDENING),
+        _MIDDLE[0],
+        ("mid_block.attentions.0", 12, 14, 3),  # the context is quantized once, by its first reader
+        _MIDDLE[1],
+        ("up_blocks.0.resnets.0", *_JOINING),
+        ("up_blocks.0.resnets.1", 5, 4, 3),
+        ("up_blocks.0.upsamplers.0.conv", 1, 1, 1),
+        ("up_blocks.1.resnets.0", 5, 4, 3),
+        ("up_blocks.1.attentions.0", 12, 14, 3),
+        ("up_blocks.1.resnets.1", *_JOINING),
+        ("up_blocks.1.attentions.1", 12, 14, 3),
+        ("conv_out", 1, 0, 1),
+    ],
+    "foreign": [
+        ("dense.0", 1, 1, 1),
+        ("dense.1", 1, 1, 1),
+        ("conv_in", 1, 0, 1),
+        ("down0", *_RESIDUAL),
+        ("downsample", 1, 1, 1),
+        ("down1", *_WIDENING),
+        ("down1_attn", *_ATTENTION),
+        ("mid1", *_RESIDUAL),
+        ("mid_attn", *_ATTENTION),
+        ("mid2", *_RESIDUAL),
+        ("up1", *_JOINING),
+        ("up1_attn", *_ATTENTION),
+        ("upsample", 1, 1, 1),
+        ("up0.0", *_JOINING),
+        ("up0.1", *_JOINING),
+        ("conv_out", 1, 0, 1),
+    ],
+}
+
+
+@pytest.mark.parametrize("prepared", UNITS, indirect=True)
+def test_the_units_of_each_family_and_what_belongs_to_them(prepared: Any, request: pytest.FixtureRequest) -> None:
+    units = partition(prepared[0].graph_module)
+    found = [(unit.name, len(unit.weights), len(unit.quantizers), len(unit.inputs)) for unit in units]
+    assert found == UNITS[request.node.callspec.params["prepared"]]
+    for unit in units:
+        assert len(unit.outputs) == 1, unit.name
+        layers = [item.name for item in unit.weights]
+        assert unit.name == "conv_out" or all(f"{unit.name}." in name for name in layers), (unit.name, layers)
+
+
 @pytest.mark.parametrize("granularity", ["block", "layer"])
 def test_every_weight_is_learned_in_exactly_one_block(prepared: Any, granularity: str) -> None:
     model, _ = prepared
