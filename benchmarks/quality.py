@@ -14,6 +14,7 @@ import shlex
 import subprocess
 import sys
 import time
+from contextlib import closing
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -30,6 +31,11 @@ from qdiff_fx.evaluation import endpoint_psnr, output_sqnr, sample_ddim, traject
 from qdiff_fx.fake_quantize import QuantizerMode
 from qdiff_fx.numerics.affine import QParams
 from qdiff_fx.reconstruction import ReconstructionConfig
+from qdiff_fx.reconstruction.adaround import learn_rounding
+from qdiff_fx.reconstruction.cache import ActivationCache
+from qdiff_fx.reconstruction.problem import BlockProblem
+from qdiff_fx.reconstruction.streams import FULL, QUANTIZED, Streams
+from qdiff_fx.reconstruction.subgraph import partition
 from qdiff_fx.report.machine import describe_machine
 from qdiff_fx.safe_io import read_json, read_tensors, write_json, write_tensors
 from qdiff_fx.stages import learn_blocks, observe_and_fit
@@ -96,6 +102,9 @@ CELLS: dict[str, Cell] = {
     "preset/W4A32 balanced": Cell(learn=NO_STEPS, preset="balanced"),
 }
 
+BLOCKS = ("down_blocks.1.downsamplers.0.conv", "mid_block.attentions.0", "down_blocks.2.resnets.0")
+"""Whose loss is compared over all presets, everything before them rounded to nearest: cells "block/..."."""
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -103,18 +112,17 @@ def main() -> None:
     parser.add_argument("--cells", nargs="*", default=["*"], help="globs over cell names; nothing writes the page only")
     parser.add_argument("--docs", type=Path, default=Path("docs"))
     arguments = parser.parse_args()
-    names = [name for pattern in arguments.cells for name in CELLS if fnmatchcase(name, pattern)]
+    known = [*CELLS, *(f"block/{block}" for block in BLOCKS)]
+    names = [name for pattern in arguments.cells for name in known if fnmatchcase(name, pattern)]
     bench = Bench(arguments.work)
     for name in dict.fromkeys(names):
         if not bench.path(name).exists():
-            row = bench.run(name)
-            print(
-                f"{name}: pooled {row['pooled_db']:.2f} median {row['median_db']:.2f} end point "
-                f"{row['endpoint_db']:.2f} dB in {row['seconds']:.0f} s",
-                flush=True,
-            )
-    found = {name: read_json(bench.path(name)) for name in CELLS if bench.path(name).exists()}
-    write_page(arguments.docs, found)
+            row = bench.run(name) if name in CELLS else bench.run_block(name)
+            print({key: row[key] for key in ("cell", "pooled_db", "median_db", "endpoint_db", "presets") if key in row})
+    rows = [read_json(path) for path in sorted(bench.path("").parent.glob("*.json"))]
+    place = {name: index for index, name in enumerate(known)}
+    rows.sort(key=lambda row: place.get(row["cell"], len(place)))
+    write_page(arguments.docs, {row["cell"]: row for row in rows})
 
 
 class Bench:
@@ -166,12 +174,7 @@ class Bench:
         sqnr = output_sqnr(self.pipe.unet, prepared, self.heldout.batches(32))
         images = sample_ddim(prepared, self.pipe.scheduler, self.noise, num_inference_steps=STEPS).images
         psnr = endpoint_psnr(self.images, images)
-        row = {
-            "cell": name,
-            "command": shlex.join(["python", *sys.argv]),
-            "commit": _commit(),
-            "machine": describe_machine(),
-            "seed": cell.seed,
+        row = _origin(name, cell.seed) | {
             "preset": cell.preset if cell.learn is not None else None,
             "learn": cell.learn,
             "source": cell.source,
@@ -187,6 +190,32 @@ class Bench:
             "blocks": blocks,
             "growth": self._growth(prepared) if cell.growth else None,
         }
+        write_json(self.path(name), row)
+        return row
+
+    def run_block(self, name: str) -> dict[str, Any]:
+        """Learn one block with every preset, and keep the losses."""
+        data = self.data("calibration", 52, 0)
+        prepared = qdiff_fx.prepare(self.pipe.unet, qdiff_fx.QDiffConfig.preset("w4a32", **UNIFORM))
+        observe_and_fit(prepared, data, 32, None, False)
+        units = partition(prepared.graph_module)
+        with closing(ActivationCache(2**32)) as cache:
+            streams = Streams(prepared.graph_module, units, cache, batch_size=32)
+            calls = (prepared.signature.flatten(call.args, call.kwargs) for call in data.batches(32))
+            streams.load(prepared.signature.names, calls, len(data))
+            for unit in units:
+                streams.advance(unit, FULL, QuantizerMode.PASS)
+                if unit.name == name.partition("/")[2]:
+                    break
+                streams.advance(unit, QUANTIZED, QuantizerMode.PASS)
+                streams.release(unit)
+            problem = BlockProblem(unit=unit, streams=streams, mode=QuantizerMode.PASS, exponent=2.0)
+            presets = {}
+            for preset in ("fast", "balanced", "full"):
+                for item in unit.weights:
+                    item.quantizer.round_up = None
+                presets[preset] = learn_rounding(problem, ReconstructionConfig.preset(preset), 0).to_dict()
+        row = _origin(name, 0) | {"presets": presets}
         write_json(self.path(name), row)
         return row
 
@@ -228,6 +257,12 @@ class Bench:
             curves[label] = trajectory_error(reference.steps, steps)
         prepared.set_mode(QuantizerMode.QUANTIZE)
         return curves
+
+
+def _origin(name: str, seed: int) -> dict[str, Any]:
+    """What a cell was measured with."""
+    command = shlex.join(["python", *sys.argv])
+    return {"cell": name, "command": command, "commit": _commit(), "machine": describe_machine(), "seed": seed}
 
 
 def _learned(prepared: Any) -> dict[str, torch.Tensor]:

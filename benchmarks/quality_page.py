@@ -27,6 +27,7 @@ def write_page(docs: Path, cells: dict[str, dict[str, Any]]) -> None:
     if not cells:
         return
     write_json(docs / "results-reconstruction.json", {"cells": list(cells.values())})
+    blocks, cells = _parted(cells)
     growth = next((row["growth"] for row in cells.values() if row["growth"]), None)
     sections = [
         _head(cells),
@@ -36,8 +37,35 @@ def write_page(docs: Path, cells: dict[str, dict[str, Any]]) -> None:
         _growth(docs, growth) if growth else "",
         _table("Options, each alone", [name for name in cells if name.startswith("option")], cells),
         _table("Presets", [name for name in cells if name.startswith("preset")] + ["W4A32/block AdaRound"], cells),
+        _blocks(blocks),
     ]
     write_bytes(docs / "results-reconstruction.md", "\n\n".join(filter(None, sections)).encode() + b"\n")
+
+
+def _parted(cells: dict[str, dict[str, Any]]) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
+    """(cells of one block, cells of the network)."""
+    blocks = {name: row for name, row in cells.items() if "presets" in row}
+    return blocks, {name: row for name, row in cells.items() if name not in blocks}
+
+
+def _blocks(blocks: dict[str, dict[str, Any]]) -> str:
+    if not blocks:
+        return ""
+    lines = [
+        "## Presets on single blocks",
+        "",
+        "Reconstruction loss over all calibration rows as a share of rounding to nearest; seconds in brackets.",
+        "",
+        "| block | fast | balanced | full |",
+        "|---|---|---|---|",
+    ]
+    for name, row in blocks.items():
+        shares = [
+            f"{result['learned_loss'] / result['initial_loss']:.3f} ({result['seconds']:.0f} s)"
+            for result in (row["presets"][preset] for preset in ("fast", "balanced", "full"))
+        ]
+        lines.append(f"| {name.partition('/')[2]} | {' | '.join(shares)} |")
+    return "\n".join(lines)
 
 
 def _head(cells: dict[str, dict[str, Any]]) -> str:

@@ -40,6 +40,10 @@ SHORT_SECONDS = 1e-3
 """A bare step below this is python's overhead rather than the block's arithmetic."""
 
 
+COMPILED = ("down_blocks.1.downsamplers.0.conv", "down_blocks.1.resnets.0", "mid_block.attentions.0")
+"""Blocks of three structures, to see whether compiling a step would pay."""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--docs", type=Path, default=Path("docs"))
@@ -72,6 +76,8 @@ def _run(config: ReconstructionConfig, repeats: int) -> dict[str, Any]:
         streams.advance(unit, FULL, QuantizerMode.PASS)
         if unit.block is not None:
             rows.append(_measure(unit, streams, config, repeats))
+            if unit.name in COMPILED:
+                rows[-1] |= _compiled(unit, streams, config.batch_size, repeats)
             print(rows[-1], flush=True)
         streams.advance(unit, QUANTIZED, QuantizerMode.PASS)
         streams.release(unit)
@@ -119,6 +125,11 @@ def _page(runs: list[dict[str, Any]]) -> str:
             f"{row['bare_a_second']:.1f} | {row['ratio']:.2f} | {row['cache_bytes_a_row']:,.0f} | "
             f"{row['peak_bytes'] / 2**20:.0f} |"
             for row in run["blocks"]
+        ]
+        compiled = [row for row in run["blocks"] if "compile_seconds" in row]
+        lines += ["", "| `torch.compile` of the bare step | compilation, s | speed-up of a step |", "|---|---|---|"]
+        lines += [
+            f"| {row['block']} | {row['compile_seconds']:.1f} | {row['compiled_speedup']:.2f} |" for row in compiled
         ]
     return "\n".join(lines) + "\n"
 
@@ -168,6 +179,23 @@ def _measure(unit: Unit, streams: Streams, config: ReconstructionConfig, repeats
         "ratio": median(times["learn"]) / median(times["bare"]),
         "cache_bytes_a_row": streams.cache.memory_bytes / streams.rows,
         "peak_bytes": peak_bytes(),
+    }
+
+
+def _compiled(unit: Unit, streams: Streams, batch_size: int, repeats: int) -> dict[str, float]:
+    """What `torch.compile` makes of the bare step, and how long it takes to get there."""
+    weights = [weight.clone().requires_grad_() for weight in unit.full_weights]
+    inputs = streams.gather(FULL, unit.inputs, slice(0, batch_size), unit.device)
+    arms = {"eager": unit.graph_module, "compiled": torch.compile(unit.graph_module)}
+    seconds: dict[str, list[float]] = {name: [] for name in arms}
+    for _ in range(repeats + 1):
+        for name, arm in arms.items():
+            started = time.perf_counter()
+            torch.autograd.grad(arm(*inputs, *weights)[0].square().sum(), weights)
+            seconds[name].append(time.perf_counter() - started)
+    return {
+        "compile_seconds": seconds["compiled"][0],
+        "compiled_speedup": median(seconds["eager"][1:]) / median(seconds["compiled"][1:]),
     }
 
 
