@@ -94,11 +94,6 @@ CELLS: dict[str, Cell] = {
             "W4A8 LSQ": Cell(source=f"seed {seed}/W4A8 block AdaRound", learn=NO_ROUNDING, seed=seed),
         }.items()
     },
-    "option W4A8/drop 0.5": Cell(learn={"activation_drop": 0.5} | NO_STEPS),
-    "option W4A8/joint steps": Cell(learn={"joint_steps": True} | NO_STEPS),
-    "option W4A8/timestep weights": Cell(learn={"timestep_weights": True} | NO_STEPS),
-    "option W4A4/drop 0.5": Cell(learn={"activation_drop": 0.5} | NO_STEPS),
-    "option W4A4/joint steps": Cell(learn={"joint_steps": True} | NO_STEPS),
     "preset/W4A32 balanced": Cell(learn=NO_STEPS, preset="balanced"),
 }
 

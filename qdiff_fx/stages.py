@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
 from qdiff_fx.allocation.allocate import allocate
@@ -172,17 +171,7 @@ def learn_blocks(
         },
         checkpoint_dir=None if folder is None else folder / "blocks",
         progress=progress,
-        noise_levels=noise_levels(data, config.batch_size) if config.timestep_weights else None,
     )
-
-
-def noise_levels(data: CalibrationSet, batch_size: int) -> Tensor | None:
-    """[N] index of each row's timestep, in the order of `data.batches`; None if the calls have no timestep."""
-    places = {timestep: place for place, timestep in enumerate(data.timesteps)}
-    batches = [(batch.timestep, batch.size) for batch in data.batches(batch_size)]
-    if any(timestep is None for timestep, _ in batches):
-        return None
-    return torch.cat([torch.full((size,), places[timestep]) for timestep, size in batches if timestep is not None])
 
 
 def meet_target(

@@ -129,18 +129,9 @@ def annealed_beta(progress: float, *, warmup: float, start: float, end: float) -
 
 
 def reconstruction_loss(
-    output: Float[Tensor, "batch channels *rest"],
-    target: Float[Tensor, "batch channels *rest"],
-    exponent: float,
-    row_weights: Float[Tensor, " batch"] | None = None,
+    output: Float[Tensor, "batch channels *rest"], target: Float[Tensor, "batch channels *rest"], exponent: float
 ) -> Float[Tensor, ""]:
-    """|output - target|^exponent, summed over axis 1 and averaged over all others, as in BRECQ and Q-Diffusion.
-
-    Args:
-      row_weights: how much each row counts; None counts them alike.
-    """
+    """|output - target|^exponent, summed over axis 1 and averaged over all others, as in BRECQ and Q-Diffusion."""
     error = output - target
     powered = error.square() if exponent == 2.0 else error.abs().pow(exponent)
-    if row_weights is not None:
-        powered = powered * along_axis(row_weights, powered.ndim)
     return powered.sum() / (output.numel() / output.shape[1])

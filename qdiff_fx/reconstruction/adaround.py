@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -18,8 +17,6 @@ from qdiff_fx.numerics.adaround import (
     soft_rounding,
 )
 from qdiff_fx.reconstruction.config import ReconstructionConfig
-from qdiff_fx.reconstruction.drop import dropped
-from qdiff_fx.reconstruction.lsq import BlockSteps
 from qdiff_fx.reconstruction.problem import BlockProblem, Convergence, minibatches
 from qdiff_fx.reconstruction.result import BlockResult
 from qdiff_fx.reconstruction.subgraph import UnitWeight
@@ -80,11 +77,11 @@ def learn_rounding(problem: BlockProblem, config: ReconstructionConfig, seed: in
 
     Nagel et al. 2020, with the defaults of BRECQ and Q-Diffusion in preset "full". Departures: minibatches are drawn
     without replacement; if the learned rounding reconstructs worse than the initial one over all rows, the initial
-    one stays. With `config.joint_steps` the steps of the activations are learned in the same iterations.
+    one stays.
 
     Args:
-      problem: with activations in full precision, as published, or quantized for the options that want it.
-      seed: of the order of rows, and of what is dropped.
+      problem: with activations in full precision, as published.
+      seed: of the order of rows.
     """
     unit, started = problem.unit, time.monotonic()
     owned = [item for item in unit.weights if item.owned]
@@ -93,23 +90,17 @@ def learn_rounding(problem: BlockProblem, config: ReconstructionConfig, seed: in
         return BlockResult.unchanged(unit, "weights", initial_loss)
     before = [item.quantizer.codes(item.weight) for item in owned]
     rounding = BlockRounding(owned)
-    steps = BlockSteps(unit.quantizers) if config.joint_steps and unit.quantizers else None
     steps_started = time.monotonic()
-    with nullcontext() if steps is None else steps, dropped(unit.quantizers, config.activation_drop, seed):
-        iterations = _optimise(problem, rounding, steps, config, seed)
+    iterations = _optimise(problem, rounding, config, seed)
     seconds_a_step = (time.monotonic() - steps_started) / iterations
     previous = [item.quantizer.round_up for item in owned]
     for item, decision in zip(owned, rounding.decisions(), strict=True):
         item.quantizer.round_up = decision
-    if steps is not None:
-        steps.assign(steps.learned())
     learned_loss = problem.total_loss(unit.quantized_weights)
     kept = learned_loss <= initial_loss
     if not kept:
         for item, decision_before in zip(owned, previous, strict=True):
             item.quantizer.round_up = decision_before
-        if steps is not None:
-            steps.assign(steps.starts)
     after = [item.quantizer.codes(item.weight) for item in owned]
     changed = sum(int((new != old).sum()) for new, old in zip(after, before, strict=True))
     return BlockResult(
@@ -126,20 +117,15 @@ def learn_rounding(problem: BlockProblem, config: ReconstructionConfig, seed: in
     )
 
 
-def _optimise(
-    problem: BlockProblem, rounding: BlockRounding, steps: BlockSteps | None, config: ReconstructionConfig, seed: int
-) -> int:
+def _optimise(problem: BlockProblem, rounding: BlockRounding, config: ReconstructionConfig, seed: int) -> int:
     """Adam on the rounding variables; returns the number of steps made."""
     fixed = problem.unit.quantized_weights
     optimizer = torch.optim.Adam([rounding.variable], lr=config.weight_learning_rate, fused=True)
-    step_optimizer = None if steps is None else torch.optim.Adam([steps.exponents], lr=config.activation_learning_rate)
     rows = minibatches(problem.streams.rows, config.batch_size, seed)
     progress = Convergence()
     for iteration, batch in enumerate(itertools.islice(rows, config.weight_iterations)):
-        loss = rounding_step(problem, rounding, config, batch, fixed, iteration, steps)
+        loss = rounding_step(problem, rounding, config, batch, fixed, iteration)
         optimizer.step()
-        if step_optimizer is not None:
-            step_optimizer.step()
         settled = progress.settled(loss) and iteration >= config.warmup * config.weight_iterations
         if config.early_stop and settled and rounding.binary():
             return iteration + 1
@@ -153,15 +139,13 @@ def rounding_step(
     batch: Tensor,
     fixed: Sequence[Tensor],
     iteration: int,
-    steps: BlockSteps | None = None,
 ) -> float:
-    """Forward and backward pass of one step: sets the gradient of the rounding variables, and of `steps`.
+    """Forward and backward pass of one step: sets the gradient of the rounding variables.
 
     Args:
       batch: row indices.
       fixed: all weights of the unit, quantized; those that it owns are replaced by the learned ones.
       iteration: from 0.
-      steps: learned along.
 
     Returns: the reconstruction loss of the minibatch.
     """
@@ -170,12 +154,8 @@ def rounding_step(
     weights = [
         next(learned) if item.owned else weight for item, weight in zip(problem.unit.weights, fixed, strict=True)
     ]
-    if steps is None:
-        loss = problem.loss(batch, weights)
-        gradients = list(torch.autograd.grad(loss, leaves))
-    else:
-        loss = steps.loss(problem, weights, batch)
-        *gradients, steps.exponents.grad = torch.autograd.grad(loss, [*leaves, steps.exponents])
+    loss = problem.loss(batch, weights)
+    gradients = torch.autograd.grad(loss, leaves)
     beta = annealed_beta(
         iteration / config.weight_iterations, warmup=config.warmup, start=config.beta_start, end=config.beta_end
     )

@@ -59,8 +59,9 @@ class BlockCheckpoint:
             for place, item in enumerate(unit.weights):
                 if item.owned and item.quantizer.round_up is not None:
                     tensors[f"round_up.{place}"] = item.quantizer.round_up
-        for place, quantizer in enumerate(unit.quantizers):
-            tensors[f"scale.{place}"] = quantizer.scale
+        else:
+            for place, quantizer in enumerate(unit.quantizers):
+                tensors[f"scale.{place}"] = quantizer.scale
         stem = self._stem(unit, result.phase)
         digest = write_tensors(self.folder / f"{stem}.safetensors", tensors)
         write_json(self.folder / f"{stem}.json", {"result": result.to_dict(), "sha256": digest})

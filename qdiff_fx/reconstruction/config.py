@@ -30,10 +30,6 @@ class ReconstructionConfig:
       early_stop: end a block once its rounding is binary.
       granularity: "block", or "layer" for the baseline that learns each layer by itself.
       rounding: "adaround", or "squant" for the baseline that flips roundings without looking at data.
-      activation_drop: learn rounding with activations quantized, but for this share at random; None learns it with
-        activations in full precision.
-      joint_steps: learn activation steps in the iterations that learn rounding, too.
-      timestep_weights: every noise level counts alike in the loss of a block, however large its errors.
       cache_bytes: memory for cached block inputs and targets; what exceeds it goes to memory-mapped files.
       seed: of the choice of rows.
     """
@@ -52,9 +48,6 @@ class ReconstructionConfig:
     early_stop: bool = True
     granularity: str = "block"
     rounding: str = "adaround"
-    activation_drop: float | None = None
-    joint_steps: bool = False
-    timestep_weights: bool = False
     cache_bytes: int = 4 * 2**30
     seed: int = 0
 
@@ -70,13 +63,6 @@ class ReconstructionConfig:
             self._check(name, getattr(self, name) >= 1, "a number >= 1")
         self._check("granularity", self.granularity in GRANULARITIES, f"one of {', '.join(GRANULARITIES)}")
         self._check("rounding", self.rounding in ROUNDINGS, f"one of {', '.join(ROUNDINGS)}")
-        drop = self.activation_drop
-        self._check("activation_drop", drop is None or 0 <= drop < 1, "a share in [0, 1), or None")
-
-    @property
-    def quantizes_activations_early(self) -> bool:
-        """Whether activations are quantized while rounding is learned."""
-        return self.activation_drop is not None or self.joint_steps
 
     def _check(self, name: str, holds: bool, wanted: str) -> None:
         if not holds:

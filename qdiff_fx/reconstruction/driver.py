@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from qdiff_fx.reconstruction.checkpoint import BlockCheckpoint
 from qdiff_fx.reconstruction.config import ReconstructionConfig
 from qdiff_fx.reconstruction.estimate import check_memory, measure_blocks
 from qdiff_fx.reconstruction.lsq import learn_steps
-from qdiff_fx.reconstruction.problem import BlockProblem, balanced_rows
+from qdiff_fx.reconstruction.problem import BlockProblem
 from qdiff_fx.reconstruction.result import BlockResult
 from qdiff_fx.reconstruction.squant import flip_rounding
 from qdiff_fx.reconstruction.streams import FULL, QUANTIZED, Streams
@@ -46,7 +45,6 @@ def reconstruct(
     identity: Mapping[str, str],
     checkpoint_dir: Path | None = None,
     progress: bool | None = None,
-    noise_levels: Tensor | None = None,
 ) -> tuple[BlockResult, ...]:
     """Learn rounding and step sizes of `graph_module`, whose quantizers have their grids; returns a row a block.
 
@@ -61,7 +59,6 @@ def reconstruct(
       identity: what a checkpoint must agree with, beside `config`.
       checkpoint_dir: where finished blocks are kept, and cached inputs beyond `config.cache_bytes`.
       progress: show a bar; None does so on a terminal.
-      noise_levels: [rows], the index of each row's noise level, for `config.timestep_weights`.
 
     Raises: CheckpointError if `checkpoint_dir` holds another reconstruction.
     """
@@ -84,7 +81,7 @@ def reconstruct(
                 streams = Streams(graph_module, units, cache, batch_size=max(config.batch_size, _FORWARD_ROWS))
                 streams.load(input_names, calls(), rows)
                 for unit in units:
-                    result = _reconstruct_unit(unit, phase, streams, config, checkpoint, noise_levels)
+                    result = _reconstruct_unit(unit, phase, streams, config, checkpoint)
                     if result is not None:
                         results.append(result)
                         bar.set_postfix_str(f"{phase}, {result.name}", refresh=False)
@@ -104,16 +101,10 @@ def _progress_bar(expected: float, progress: bool | None) -> Any:
 
 
 def _reconstruct_unit(
-    unit: Unit,
-    phase: str,
-    streams: Streams,
-    config: ReconstructionConfig,
-    checkpoint: BlockCheckpoint,
-    noise_levels: Tensor | None,
+    unit: Unit, phase: str, streams: Streams, config: ReconstructionConfig, checkpoint: BlockCheckpoint
 ) -> BlockResult | None:
     """Advance both streams over `unit`, learning in between; None where there is nothing to learn."""
-    quantized = phase == "activations" or config.quantizes_activations_early
-    mode = QuantizerMode.QUANTIZE if quantized else QuantizerMode.PASS
+    mode = QuantizerMode.PASS if phase == "weights" else QuantizerMode.QUANTIZE
     streams.advance(unit, FULL, QuantizerMode.PASS)
     streams.release_full_inputs(unit)
     result = None
@@ -123,9 +114,6 @@ def _reconstruct_unit(
             seed = config.seed * 1_000_003 + unit.index * 2 + (phase == "activations")
             exponent = config.weight_exponent if phase == "weights" else config.activation_exponent
             problem = BlockProblem(unit=unit, streams=streams, mode=mode, exponent=exponent)
-            if config.timestep_weights and noise_levels is not None:
-                row_weights = balanced_rows(problem, unit.quantized_weights, noise_levels)
-                problem = replace(problem, row_weights=row_weights)
             result = _LEARNERS[phase, config.rounding](problem, config, seed)
             checkpoint.save(unit, result)
     streams.advance(unit, QUANTIZED, mode)

@@ -21,29 +21,22 @@ class BlockProblem:
     Args:
       mode: of the block's activation quantizers.
       exponent: of the loss.
-      row_weights: [N], how much each row counts, of mean 1; None counts them alike.
     """
 
     unit: Unit
     streams: Streams
     mode: QuantizerMode
     exponent: float
-    row_weights: Tensor | None = None
 
     def loss(self, rows: Tensor | slice, weights: Sequence[Tensor]) -> Tensor:
         """The reconstruction loss on some rows, summed over the block's outputs; differentiable in `weights`."""
-        weights_of_rows = None if self.row_weights is None else self.row_weights[rows]
-        losses = [
-            reconstruction_loss(output, target, self.exponent, weights_of_rows)
-            for output, target in self.outputs_and_targets(rows, weights)
-        ]
-        return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
-
-    def outputs_and_targets(self, rows: Tensor | slice, weights: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Each output of the block on some rows, beside what it should be."""
         inputs = self.streams.gather(QUANTIZED, self.unit.inputs, rows, self.unit.device)
         targets = self.streams.gather(FULL, self.unit.outputs, rows, self.unit.device)
-        return zip(self.unit.run(inputs, list(weights), self.mode), targets, strict=True)
+        outputs = self.unit.run(inputs, list(weights), self.mode)
+        losses = [
+            reconstruction_loss(output, target, self.exponent) for output, target in zip(outputs, targets, strict=True)
+        ]
+        return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
     @torch.no_grad()
     def total_loss(self, weights: Sequence[Tensor]) -> float:
@@ -62,27 +55,6 @@ def minibatches(rows: int, batch_size: int, seed: int) -> Iterator[Tensor]:
         order = torch.randperm(rows, generator=generator)
         for start in range(0, rows - size + 1, size):
             yield order[start : start + size]
-
-
-@torch.no_grad()
-def balanced_rows(problem: BlockProblem, weights: Sequence[Tensor], groups: Tensor) -> Tensor:
-    """[N] row weights of mean 1 under which the rows of every group (a noise level) have the same mean loss.
-
-    Args:
-      weights: of the initial rounding; their losses are what is balanced.
-      groups: [N], which group each row belongs to, integers from 0.
-    """
-    losses = torch.zeros(len(groups))
-    for chunk in problem.streams.chunks():
-        for output, target in problem.outputs_and_targets(chunk, weights):
-            for row in range(len(output)):
-                here = slice(row, row + 1)
-                losses[chunk.start + row] += reconstruction_loss(output[here], target[here], problem.exponent).cpu()
-    count = int(groups.max()) + 1
-    means = torch.zeros(count).index_add_(0, groups, losses) / torch.bincount(groups, minlength=count).clamp(min=1)
-    # A noise level without any error must not outweigh all others.
-    chosen = 1.0 / means.clamp(min=max(1e-3 * float(means.max()), 1e-30))[groups]
-    return (chosen / chosen.mean()).to(problem.unit.device)
 
 
 class Convergence:

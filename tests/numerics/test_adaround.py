@@ -105,15 +105,3 @@ def test_the_closed_form_is_the_gradient_of_loss_and_penalty(seed: int, beta: fl
     (loss if beta is None else loss + 0.3 * rounding_penalty(rounding, beta)).backward()
     found = rounding_gradient(variable.detach(), slope, gap, regularization=0.3, beta=beta)
     assert torch.allclose(found, variable.grad, rtol=1e-9, atol=1e-12)
-
-
-def test_rows_count_as_their_weights_say() -> None:
-    output, target, weights = torch.randn(3, 4, 5, 5), torch.randn(3, 4, 5, 5), torch.tensor([0.0, 1.0, 2.0])
-    wanted = (
-        sum(
-            float(w * reconstruction_loss(o[None], t[None], 2.0))
-            for w, o, t in zip(weights, output, target, strict=True)
-        )
-        / 3
-    )
-    assert float(reconstruction_loss(output, target, 2.0, weights)) == pytest.approx(wanted, rel=1e-5)
