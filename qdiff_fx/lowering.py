@@ -11,7 +11,7 @@ from torch import fx
 
 from qdiff_fx.config import QDiffConfig
 from qdiff_fx.graph.edit import LAYER_OPERATORS, get_tensor, shared_copy, stored_bytes
-from qdiff_fx.graph.meta import ATTENTION, FALLBACK, LAYER, MODULE_PATH, STORED, StoredWeight
+from qdiff_fx.graph.meta import ATTENTION, FALLBACK, KERNEL, LAYER, MODULE_PATH, STORED, StoredWeight
 from qdiff_fx.graph.signature import CallSignature
 from qdiff_fx.passes.base import PassContext, run_passes
 from qdiff_fx.passes.lower import LOWER
@@ -20,7 +20,11 @@ aten = torch.ops.aten
 qdiff = torch.ops.qdiff
 
 _LAYERS = (qdiff.conv2d.default, qdiff.linear.default, *LAYER_OPERATORS)
-_ATTENTIONS = (qdiff.attention.default, aten.scaled_dot_product_attention.default)
+_ATTENTIONS = (
+    qdiff.attention.default,
+    qdiff.cuda_attention.default,
+    aten.scaled_dot_product_attention.default,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +126,7 @@ def _rows(graph_module: fx.GraphModule) -> Iterator[LoweringRow]:
         name = policy.name if policy else attention.name if attention else MODULE_PATH.get(node) or node.name
         simulated = node.target is qdiff.attention.default
         value: Any = node.meta["val"]
-        kernel = str(node.target).removesuffix(".default")
+        kernel = KERNEL.get(node) or str(node.target).removesuffix(".default")
         if node.target in LAYER_OPERATORS and stored is not None and stored.dtype.startswith("int"):
             kernel += " on dequantized weight" if not _reads_codes(node) else " on dequantized codes"
         yield LoweringRow(

@@ -93,6 +93,9 @@ STORED: MetaKey[StoredWeight] = MetaKey("stored")
 FALLBACK: MetaKey[str] = MetaKey("fallback")
 """On nodes of a lowered graph that do not compute what the plan says: why."""
 
+KERNEL: MetaKey[str] = MetaKey("kernel")
+"""On nodes of a lowered graph whose operator's name does not say which kernel runs."""
+
 BLOCK: MetaKey[int] = MetaKey("block")
 """Index of the reconstruction block that owns the node, in execution order."""
 

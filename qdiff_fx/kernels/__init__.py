@@ -7,6 +7,7 @@ import torch
 from qdiff_fx.errors import BackendError
 from qdiff_fx.kernels import ops as ops  # registers the qdiff:: operators
 from qdiff_fx.kernels.backend import Backend
+from qdiff_fx.kernels.cuda import CUDA
 from qdiff_fx.kernels.qdq import QDQ
 from qdiff_fx.kernels.reference import REFERENCE
 from qdiff_fx.kernels.x86 import X86
@@ -15,10 +16,11 @@ BACKENDS: Mapping[str, Backend] = {
     REFERENCE.name: REFERENCE,
     QDQ.name: QDQ,
     X86.name: X86,
+    CUDA.name: CUDA,
 }
 """Every backend by name; "auto" takes the first available one of AUTO_ORDER."""
 
-AUTO_ORDER = ("x86", "reference")
+AUTO_ORDER = ("x86", "cuda", "reference")
 
 
 def select_backend(name: str, device: str) -> Backend:
@@ -27,7 +29,8 @@ def select_backend(name: str, device: str) -> Backend:
     Raises: BackendError for an unknown name, or one that cannot run on this machine or device, with the reason.
     """
     if name == "auto":
-        return next(BACKENDS[item] for item in AUTO_ORDER if BACKENDS[item].unavailable(device) is None)
+        fitting = (BACKENDS[item] for item in AUTO_ORDER if device in BACKENDS[item].devices)
+        return next(item for item in fitting if item.unavailable(device) is None)
     if name not in BACKENDS:
         raise BackendError(f"backend {name!r}: want auto, {', '.join(BACKENDS)}")
     reason = BACKENDS[name].unavailable(device)

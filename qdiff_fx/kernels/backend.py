@@ -13,7 +13,9 @@ class Backend:
     Args:
       name: as in `convert(backend=)`.
       unavailable: given a device type ("cpu", "cuda"), why this machine cannot run it, or None if it can.
+      devices: the types that it is meant for; on others "auto" passes it over, even where it can be made to run.
     """
 
     name: str
     unavailable: Callable[[str], str | None]
+    devices: tuple[str, ...] = ("cpu", "cuda")

@@ -25,10 +25,16 @@ PACKED_BITS = 4
 
 
 def quantize_activation(
-    x: Tensor, inv_scale: Tensor, zero_point: int, qmin: int, qmax: int, channel_axis: int
+    x: Tensor,
+    inv_scale: Tensor,
+    zero_point: int,
+    qmin: int,
+    qmax: int,
+    channel_axis: int,
+    dtype: torch.dtype = torch.uint8,
 ) -> Tensor:
-    """uint8 codes of `x`; `inv_scale` is [] or [C] along `channel_axis`."""
-    return quantize(x, along_axis(inv_scale, x.ndim, channel_axis), zero_point, qmin, qmax).to(torch.uint8)
+    """Codes of `x`, uint8 unless the grid is a signed one; `inv_scale` is [] or [C] along `channel_axis`."""
+    return quantize(x, along_axis(inv_scale, x.ndim, channel_axis), zero_point, qmin, qmax).to(dtype)
 
 
 def integer_weight(
@@ -77,6 +83,42 @@ def rescale(
     if bias is not None:
         result = result + along_axis(bias.to(torch.float32), accumulator.ndim, axis)
     return result.to(dtype)
+
+
+def finish(
+    accumulator: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    embedding: Tensor | None,
+    residual: Tensor | None,
+    silu: bool,
+    inv_scale: Tensor | None,
+    requantize: Sequence[int],
+    axis: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """What fused kernels make of an accumulator, in float32 and in this order, cast to `dtype`.
+
+    Args:
+      accumulator: int32, output channels along `axis`.
+      scale, bias, inv_scale: float32 [O].
+      embedding: [B, O], added to every position.
+      residual: shape of the accumulator.
+      requantize: zero point, qmin, qmax of the codes that are returned where `inv_scale` is given.
+    """
+    rank = accumulator.ndim
+    value = accumulator.to(torch.float32) * along_axis(scale, rank, axis)
+    if bias is not None:
+        value = value + along_axis(bias, rank, axis)
+    if embedding is not None:
+        value = value + embedding.to(torch.float32).view(*embedding.shape, *[1] * (rank - 2))
+    if residual is not None:
+        value = value + residual.to(torch.float32)
+    if silu:
+        value = functional.silu(value)
+    if inv_scale is not None:
+        value = quantize(value, along_axis(inv_scale, rank, axis), *requantize)
+    return value.to(dtype)
 
 
 def attention(

@@ -1,0 +1,169 @@
+"""Block shapes of the Triton kernels: what each architecture may run, and which one a layer gets.
+
+Every entry was compiled for its architecture in every variant and keeps all its values in registers
+(docs/results-cuda-kernels.md; a slow test compiles them again). Until timings exist, the shape with the smallest
+predicted time is taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import ceil
+
+from qdiff_fx.kernels.cuda_gpu import Capability, Gpu
+
+_CACHE_BYTES_PER_CYCLE = 48
+"""What one multiprocessor draws from L2, about three quarters of its port."""
+
+_BLOCK_CYCLES = 1500
+"""Start and epilogue of a block."""
+
+_STEP_LATENCY = 700
+"""Cycles from a load to its use; a pipeline of n stages waits for a (n - 1)th of it a step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tile:
+    """One program's share of a layer, and how it is compiled.
+
+    Args:
+      rows, outputs: of its output.
+      depth: bytes of a weight row that one step reads; packed weights hold two channels in each.
+      warps, stages: of the program and of its pipeline.
+    """
+
+    rows: int
+    outputs: int
+    depth: int
+    warps: int
+    stages: int
+
+    @property
+    def arguments(self) -> list[int]:
+        """As the operators take it."""
+        return [self.rows, self.outputs, self.depth, self.warps, self.stages]
+
+    @property
+    def shared_memory(self) -> int:
+        """Bytes of its pipeline, at most (packed weights come with two tiles of activations)."""
+        return (2 * self.rows + self.outputs) * self.depth * self.stages
+
+    def __str__(self) -> str:
+        return f"{self.rows}x{self.outputs}x{self.depth}, {self.warps} warps, {self.stages} stages"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Product:
+    """A layer as the kernel sees it.
+
+    Args:
+      rows: output pixels or tokens.
+      outputs, depth: output channels, input channels a tap, of one group.
+      taps: of the kernel.
+      groups: of the convolution.
+      packed: whether weights are 4-bit.
+    """
+
+    rows: int
+    outputs: int
+    depth: int
+    taps: int = 1
+    groups: int = 1
+    packed: bool = False
+
+
+def _tiles(*shapes: tuple[int, int, int, int, int]) -> tuple[Tile, ...]:
+    return tuple(
+        Tile(rows=rows, outputs=outputs, depth=depth, warps=warps, stages=stages)
+        for rows, outputs, depth, warps, stages in shapes
+    )
+
+
+_AMPERE = _tiles(
+    (128, 128, 64, 8, 3),
+    (128, 64, 64, 4, 3),
+    (64, 128, 64, 4, 3),
+    (64, 64, 64, 4, 4),
+    (64, 64, 128, 4, 3),
+    (32, 64, 128, 4, 3),
+    (32, 32, 128, 4, 3),
+)
+_AMPERE_PACKED = _tiles(
+    (128, 128, 32, 8, 3),
+    (128, 64, 32, 4, 3),
+    (64, 128, 32, 4, 3),
+    (64, 64, 32, 4, 4),
+    (64, 64, 64, 4, 3),
+    (32, 64, 64, 4, 3),
+    (32, 32, 64, 4, 3),
+)
+_HOPPER = _tiles(
+    (128, 128, 64, 8, 4),
+    (128, 128, 128, 8, 3),
+    (128, 64, 64, 4, 4),
+    (64, 128, 64, 4, 4),
+    (64, 64, 128, 4, 3),
+    (64, 32, 128, 4, 3),
+)
+_HOPPER_PACKED = _tiles(
+    (128, 128, 32, 8, 4),
+    (128, 128, 64, 8, 3),
+    (128, 64, 32, 4, 4),
+    (64, 128, 64, 4, 3),
+    (64, 64, 64, 4, 3),
+)
+
+TILES: Mapping[Capability, Mapping[bool, tuple[Tile, ...]]] = {
+    (8, 0): {False: _AMPERE, True: _AMPERE_PACKED},
+    (8, 6): {False: _AMPERE, True: _AMPERE_PACKED},
+    (8, 9): {False: _AMPERE, True: _AMPERE_PACKED},
+    (9, 0): {False: _HOPPER, True: _HOPPER_PACKED},
+    (10, 0): {False: _HOPPER, True: _HOPPER_PACKED},
+}
+"""By capability, then by whether weights are packed."""
+
+
+def interpreter_tile(product: Product) -> Tile:
+    """A tile for Triton's interpreter: its time goes by the number of operations, hardly by their width."""
+    rows, outputs = (max(16, min(128, 2 ** (size - 1).bit_length())) for size in (product.rows, product.outputs))
+    depth = max(32, min(128, 2 ** (product.depth - 1).bit_length()))
+    return Tile(rows=rows, outputs=outputs, depth=depth, warps=4, stages=1)
+
+
+ATTENTION_TILES: Mapping[int, tuple[int, int, int, int]] = {
+    32: (128, 64, 4, 3),
+    64: (128, 64, 4, 3),
+    128: (128, 64, 8, 3),
+    256: (64, 64, 8, 2),
+}
+"""Queries, keys, warps and stages of the attention kernel, by elements of a head that it holds."""
+
+
+def attention_tile(head: int, gpu: Gpu | None) -> list[int]:
+    """The attention kernel's tile for heads of this size; small ones for Triton's interpreter (no GPU)."""
+    if gpu is None:
+        return [32, 32, 4, 1]
+    return list(next((tile for size, tile in ATTENTION_TILES.items() if head <= size), (32, 32, 4, 1)))
+
+
+def choose_tile(product: Product, gpu: Gpu) -> Tile:
+    """The tile of `gpu`'s table with the smallest predicted time."""
+    return min(TILES[gpu.capability][product.packed], key=lambda tile: tile_cycles(product, tile, gpu))
+
+
+def tile_cycles(product: Product, tile: Tile, gpu: Gpu) -> float:
+    """Predicted cycles of the layer: blocks a multiprocessor, each bound by tensor cores, by L2 or by latency."""
+    length = -(-product.depth // 2) if product.packed else product.depth
+    steps = product.taps * ceil(length / tile.depth)
+    products_a_cycle = gpu.int8_tops * 1e3 / (2 * gpu.multiprocessors * gpu.gigahertz)
+    codes = 2 if product.packed else 1
+    step = max(
+        tile.rows * tile.outputs * tile.depth * codes / products_a_cycle,
+        (tile.rows * codes + tile.outputs) * tile.depth / _CACHE_BYTES_PER_CYCLE,
+    )
+    blocks = ceil(product.rows / tile.rows) * ceil(product.outputs / tile.outputs) * product.groups
+    share = ceil(blocks / gpu.multiprocessors)
+    resident = max(1, min(share, gpu.shared_memory // tile.shared_memory, 16 // tile.warps))
+    together = max(resident * step, _STEP_LATENCY / max(1, tile.stages - 1)) * steps + _BLOCK_CYCLES
+    return ceil(share / resident) * together
