@@ -1,5 +1,6 @@
 """Set-up that every test shares: only the installed package is seen, shapes are checked, randomness is fixed."""
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -21,6 +22,10 @@ sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != RO
 # Shape annotations cost time on every call, so only the tests execute them. The hook rewrites modules while they are
 # imported, hence here, before any test imports qdiff_fx.
 jaxtyping.install_import_hook(("qdiff_fx.numerics", "qdiff_fx.observers"), "beartype.beartype")
+
+# The cuda backend's kernels run in Triton's interpreter, on the CPU, which is chosen when they are decorated. Tests on
+# a GPU set it to 0.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # The gate gives the same verdict every time, on a busy machine too. `pytest --hypothesis-profile=explore` searches.
 hypothesis.settings.register_profile("gate", derandomize=True, deadline=None)

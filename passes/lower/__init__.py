@@ -3,11 +3,16 @@
 from collections.abc import Mapping
 
 from qdiff_fx.passes.base import GraphPass
+from qdiff_fx.passes.lower.carrier_attention import DropAttentionQuantizers
+from qdiff_fx.passes.lower.carrier_weights import DequantizeWeights
+from qdiff_fx.passes.lower.cuda_attention import LowerCudaAttention
+from qdiff_fx.passes.lower.cuda_carrier import KeepSlowLayersInCarrier
+from qdiff_fx.passes.lower.cuda_epilogue import FuseCudaEpilogues
+from qdiff_fx.passes.lower.cuda_layers import LowerCudaLayers
 from qdiff_fx.passes.lower.qdq import QuantizeDequantizeLayers, QuantizeDequantizeWeights
 from qdiff_fx.passes.lower.quantize import LowerQuantize
-from qdiff_fx.passes.lower.x86_attention import DropAttentionQuantizers
+from qdiff_fx.passes.lower.signed_codes import CancelSignChanges
 from qdiff_fx.passes.lower.x86_layers import LowerX86Layers
-from qdiff_fx.passes.lower.x86_weights import DequantizeWeights
 
 LOWER: Mapping[str, tuple[GraphPass, ...]] = {
     "reference": (),
@@ -17,5 +22,14 @@ LOWER: Mapping[str, tuple[GraphPass, ...]] = {
         DropAttentionQuantizers("the standard form has no operator for quantized attention"),
     ),
     "x86": (LowerX86Layers(), LowerQuantize(), DequantizeWeights(), DropAttentionQuantizers()),
+    "cuda": (
+        KeepSlowLayersInCarrier(),
+        LowerCudaAttention(),
+        LowerCudaLayers(),
+        FuseCudaEpilogues(),
+        LowerQuantize(signed=True),
+        CancelSignChanges(),
+        DequantizeWeights(),
+    ),
 }
 """Ordered passes of every backend; the reference runs the plan's operators as they are."""

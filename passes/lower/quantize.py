@@ -9,8 +9,10 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from qdiff_fx.graph.edit import copy_provenance, shape_of
+from qdiff_fx.kernels.cuda_weights import SIGNED_OFFSET
 from qdiff_fx.kernels.reference import quantize_activation
 from qdiff_fx.passes.base import PassContext, RewritePass
+from qdiff_fx.passes.lower.signed_codes import unsigned_codes
 
 aten = torch.ops.aten
 qdiff = torch.ops.qdiff
@@ -23,7 +25,13 @@ class LowerQuantize(RewritePass[fx.Node]):
     what integer convolutions read; compiled, it is only the order in which the fused kernel writes.
 
     Left alone: nothing.
+
+    Args:
+      signed: make int8 codes, 128 less, and the plan's uint8 codes from them for whoever reads those.
     """
+
+    def __init__(self, *, signed: bool = False) -> None:
+        self.signed = signed
 
     def pattern(self, node: fx.Node, graph_module: fx.GraphModule, context: PassContext) -> fx.Node | None:
         return node if node.target is qdiff.quantize.default else None
@@ -31,7 +39,7 @@ class LowerQuantize(RewritePass[fx.Node]):
     def rewrite(self, match: fx.Node, graph_module: fx.GraphModule, context: PassContext) -> None:
         x, inv_scale, *constants = match.args
         assert isinstance(x, fx.Node) and isinstance(inv_scale, fx.Node)
-        traced = _trace(x, inv_scale, constants)
+        traced = _trace(x, inv_scale, constants, self.signed)
         placeholders = iter((x, inv_scale))
         graph = graph_module.graph
         values: dict[fx.Node, Any] = {}
@@ -51,14 +59,23 @@ class LowerQuantize(RewritePass[fx.Node]):
             if node not in (x, inv_scale):
                 copy_provenance(match, node)
         result.meta = dict(match.meta)
+        if self.signed:
+            result.meta["val"] = match.meta["val"].view(torch.int8)
+            with graph.inserting_before(match):
+                result = unsigned_codes(graph, result)
         match.replace_all_uses_with(result)
         graph.erase_node(match)
 
 
-def _trace(x: fx.Node, inv_scale: fx.Node, constants: list[Any]) -> fx.Graph:
+def _trace(x: fx.Node, inv_scale: fx.Node, constants: list[Any], signed: bool) -> fx.Graph:
     """The reference's ATen calls for operands of these ranks and dtypes; they depend on nothing else."""
-    operands = [_example(x, inv_scale, constants[-1]), torch.ones(shape_of(inv_scale) or ())]
-    traced = make_fx(lambda x, inv_scale: quantize_activation(x, inv_scale, *constants))(*operands)
+    # The same codes: whole numbers below 2^24 lose nothing, and larger ones saturate on either grid.
+    zero_point, qmin, qmax = (item - SIGNED_OFFSET * signed for item in constants[:3])
+    axis, dtype = constants[-1], torch.int8 if signed else torch.uint8
+    operands = [_example(x, inv_scale, axis), torch.ones(shape_of(inv_scale) or ())]
+    traced = make_fx(lambda x, inv_scale: quantize_activation(x, inv_scale, zero_point, qmin, qmax, axis, dtype))(
+        *operands
+    )
     graph: fx.Graph = traced.graph
     return graph
 

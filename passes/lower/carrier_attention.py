@@ -34,18 +34,23 @@ class DropAttentionQuantizers(RewritePass[fx.Node]):
         return "strict=True keeps quantized attention" if context.strict else None
 
     def rewrite(self, match: fx.Node, graph_module: fx.GraphModule, context: PassContext) -> None:
-        query, key, value, mask, is_causal, scale = match.args[:6]
-        graph = graph_module.graph
-        with graph.inserting_before(match):
-            call = create_call(
-                graph,
-                aten.scaled_dot_product_attention.default,
-                (query, key, value, mask, 0.0, is_causal),
-                {"scale": scale},
-                like=match,
-            )
-        if (policy := ATTENTION.get(match)) is not None:
-            ATTENTION.set(call, policy)
-        FALLBACK.set(call, f"quantizers of q, k, v and softmax dropped: {self.reason}")
-        match.replace_all_uses_with(call)
-        graph.erase_node(match)
+        drop_quantizers(match, graph_module, self.reason)
+
+
+def drop_quantizers(match: fx.Node, graph_module: fx.GraphModule, reason: str) -> None:
+    """Put scaled_dot_product_attention in the place of a qdiff.attention; the report tells the reason."""
+    query, key, value, mask, is_causal, scale = match.args[:6]
+    graph = graph_module.graph
+    with graph.inserting_before(match):
+        call = create_call(
+            graph,
+            aten.scaled_dot_product_attention.default,
+            (query, key, value, mask, 0.0, is_causal),
+            {"scale": scale},
+            like=match,
+        )
+    if (policy := ATTENTION.get(match)) is not None:
+        ATTENTION.set(call, policy)
+    FALLBACK.set(call, f"quantizers of q, k, v and softmax dropped: {reason}")
+    match.replace_all_uses_with(call)
+    graph.erase_node(match)

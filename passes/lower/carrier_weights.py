@@ -25,7 +25,7 @@ class DequantizeWeights(StoredWeightPass):
         weight = qdiff.dequantize_weight.default(*args)
         if weight.ndim == 4:
             weight = weight.contiguous(memory_format=torch.channels_last)
-        name = f"x86_{match.name}"
+        name = f"carrier_{match.name}"
         set_tensor(graph_module, name, weight, persistent=False)
         with graph_module.graph.inserting_before(match):
             constant = graph_module.graph.get_attr(name)

@@ -1,0 +1,115 @@
+"""Attention on the cuda backend: int8 products where they win, scaled_dot_product_attention elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+import torch
+from torch import fx
+
+from qdiff_fx.graph.edit import shape_of
+from qdiff_fx.graph.meta import ATTENTION, KERNEL
+from qdiff_fx.graph.propagate import size_hint
+from qdiff_fx.kernels.cuda_gpu import GPUS, Gpu
+from qdiff_fx.kernels.cuda_model import AttentionWork, carrier_attention, integer_attention
+from qdiff_fx.kernels.cuda_tiles import attention_tile
+from qdiff_fx.kernels.cuda_weights import SIGNED_OFFSET
+from qdiff_fx.numerics.affine import reciprocal
+from qdiff_fx.numerics.attention import attention_scale
+from qdiff_fx.passes.base import PassContext, RewritePass
+from qdiff_fx.passes.lower.carrier_attention import drop_quantizers
+from qdiff_fx.passes.lower.cuda_target import DEFAULT_CAPABILITY, target_gpu, tensor_device
+from qdiff_fx.passes.lower.integer_layers import add_constant, value_like
+from qdiff_fx.passes.lower.signed_codes import signed_codes
+
+aten = torch.ops.aten
+qdiff = torch.ops.qdiff
+
+
+class LowerCudaAttention(RewritePass[fx.Node]):
+    """qdiff.attention becomes qdiff.cuda_attention where that is predicted to win, or under strict=True.
+
+    Elsewhere it becomes scaled_dot_product_attention in the carrier type, and the report says by how much.
+
+    Left alone: under strict=True, attention without quantized operands or probabilities, which has no integer kernel;
+    it stays simulated.
+    """
+
+    def pattern(self, node: fx.Node, graph_module: fx.GraphModule, context: PassContext) -> fx.Node | None:
+        return node if node.target is qdiff.attention.default else None
+
+    def check(self, match: fx.Node, graph_module: fx.GraphModule, context: PassContext) -> str | None:
+        if context.strict and not _has_kernel(match):
+            return "strict=True keeps quantizers that no integer kernel has"
+        return None
+
+    def rewrite(self, match: fx.Node, graph_module: fx.GraphModule, context: PassContext) -> None:
+        gpu = target_gpu(graph_module)
+        if context.strict:
+            _use_kernel(match, graph_module, gpu)
+        elif not _has_kernel(match):
+            drop_quantizers(match, graph_module, "its operands or probabilities are not quantized")
+        else:
+            work, judge = _work(match), gpu or GPUS[DEFAULT_CAPABILITY]
+            integer, carrier = integer_attention(work, judge).predicted, carrier_attention(work, judge).predicted
+            if integer < carrier:
+                _use_kernel(match, graph_module, gpu)
+            else:
+                reason = f"predicted {1e6 * integer:.1f} us on integers, {1e6 * carrier:.1f} us in the carrier type"
+                drop_quantizers(match, graph_module, reason)
+
+
+def _has_kernel(node: fx.Node) -> bool:
+    arguments: Any = node.args
+    return bool(arguments[6]) and bool(arguments[9])
+
+
+def _work(node: fx.Node) -> AttentionWork:
+    arguments: Any = node.args
+    query, key = ([size_hint(size) for size in shape_of(item) or ()] for item in arguments[:2])
+    return AttentionWork(heads=prod(query[:-2]), queries=query[-2], keys=key[-2], head=query[-1])
+
+
+def _use_kernel(match: fx.Node, graph_module: fx.GraphModule, gpu: Gpu | None) -> None:
+    graph = graph_module.graph
+    arguments: Any = match.args
+    *operands, mask, is_causal, scale, scales, zero_points, bits, softmax_bits = arguments
+    head = size_hint((shape_of(operands[0]) or ())[-1])
+    tile = attention_tile(head, gpu)
+    qmax = 2**softmax_bits - 1
+    with graph.inserting_before(match):
+        codes = [
+            _codes(graph_module, match, operand, (step, zero_point, bits), name)
+            for operand, step, zero_point, name in zip(operands, scales, zero_points, "qkv", strict=True)
+        ]
+        factor = attention_scale(operands[0].meta["val"], scale)
+        numbers = (
+            scales[0] * scales[1] * factor,
+            scales[2] / qmax,
+            [item - SIGNED_OFFSET for item in zero_points],
+            qmax,
+            tile,
+            match.meta["val"].dtype,
+        )
+        node = graph.call_function(qdiff.cuda_attention.default, (*codes, mask, is_causal, *numbers))
+    node.meta = dict(match.meta)
+    KERNEL.set(node, f"qdiff.cuda_attention {tile[0]}x{tile[1]}")
+    if (policy := ATTENTION.get(match)) is not None:
+        ATTENTION.set(node, policy)
+    match.replace_all_uses_with(node)
+    graph.erase_node(match)
+
+
+def _codes(graph_module: fx.GraphModule, match: fx.Node, operand: fx.Node, grid: Sequence[Any], name: str) -> fx.Node:
+    """Signed codes of an operand, by a quantize step of its own."""
+    step, zero_point, bits = grid
+    value = reciprocal(torch.tensor(step))
+    inv_scale = add_constant(graph_module, f"cuda_{match.name}_{name}_inv_scale", value.to(tensor_device(graph_module)))
+    inv_scale.meta["val"] = value_like(operand, value)
+    node = graph_module.graph.call_function(
+        qdiff.quantize.default, (operand, inv_scale, zero_point, 0, 2**bits - 1, len(shape_of(operand) or ()) - 1)
+    )
+    node.meta = {"val": torch.empty_like(operand.meta["val"], dtype=torch.uint8)}
+    return signed_codes(graph_module.graph, node)

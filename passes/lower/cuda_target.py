@@ -1,0 +1,78 @@
+"""Which GPU a graph is lowered for, and how large its layers are."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+import torch
+from torch import fx
+
+from qdiff_fx.graph.edit import get_tensor, shape_of
+from qdiff_fx.graph.propagate import size_hint
+from qdiff_fx.kernels.cuda_gpu import GPUS, Gpu, gpu_for
+from qdiff_fx.kernels.cuda_model import LayerWork
+from qdiff_fx.kernels.cuda_tiles import Product
+from qdiff_fx.passes.lower.integer_layers import IntegerLayer
+from qdiff_fx.passes.matcher import factors_of
+
+aten = torch.ops.aten
+qdiff = torch.ops.qdiff
+
+DEFAULT_CAPABILITY = (9, 0)
+"""Assumed for tensors on no real device: graphs that are only traced."""
+
+_VIEWS = (
+    aten.reshape.default,
+    aten.view.default,
+    aten.transpose.int,
+    aten.permute.default,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+    aten.contiguous.default,
+    aten.clone.default,
+    aten.slice.Tensor,
+)
+
+
+def target_gpu(graph_module: fx.GraphModule) -> Gpu | None:
+    """The GPU that the graph's tensors are on; None on the CPU, where Triton's interpreter stands in."""
+    device = tensor_device(graph_module)
+    if device.type == "cpu":
+        return None
+    if device.type == "cuda" and torch.cuda.is_available():
+        return gpu_for(torch.cuda.get_device_capability(device))
+    return GPUS[DEFAULT_CAPABILITY]
+
+
+def tensor_device(graph_module: fx.GraphModule) -> torch.device:
+    """Where the graph's constants are."""
+    named = next(node for node in graph_module.graph.nodes if node.op == "get_attr")
+    return get_tensor(graph_module, named.target).device
+
+
+def layer_work(layer: IntegerLayer) -> LayerWork:
+    """The layer's size in the example call."""
+    sizes = [size_hint(size) for size in shape_of(layer.node) or ()]
+    outputs, depth, *kernel = layer.weight_shape
+    rows = prod(sizes) // outputs
+    product = Product(
+        rows=rows,
+        outputs=outputs // layer.groups,
+        depth=depth,
+        taps=prod(kernel),
+        groups=layer.groups,
+        packed=layer.weight_zero_point is not None,
+    )
+    elements = prod(size_hint(size) for size in shape_of(layer.x) or ())
+    return LayerWork(product=product, input_elements=elements, quantized_alone=_quantized_alone(layer.x))
+
+
+def _quantized_alone(codes: fx.Node) -> bool:
+    """Whether no compiler can put the quantize step into the kernel that writes its input."""
+    node: Any = codes
+    while node.target in (qdiff.quantize.default, *_VIEWS):
+        node = node.args[0]
+    opaque = (qdiff.attention.default, aten.scaled_dot_product_attention.default)
+    layers = (qdiff.conv2d.default, qdiff.linear.default, aten.conv2d.default, aten.linear.default)
+    return node.op == "placeholder" or node.target in (*opaque, *layers) or bool(factors_of(node))

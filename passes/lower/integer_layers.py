@@ -1,0 +1,114 @@
+"""What lowerings of integer layers have in common, whatever kernels they go to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from qdiff_fx.graph.edit import get_tensor, set_tensor
+from qdiff_fx.kernels.reference import integer_weight
+from qdiff_fx.passes.base import PassContext, RewritePass
+from qdiff_fx.passes.lower.stored_weights import computed_operands
+
+qdiff = torch.ops.qdiff
+
+
+@dataclass(frozen=True, kw_only=True)
+class IntegerLayer:
+    """A qdiff.conv2d or qdiff.linear by argument name; constants are nodes, None where it has none.
+
+    Geometry of a linear is that of a 1x1 convolution.
+    """
+
+    node: fx.Node
+    x: fx.Node
+    weight: fx.Node
+    weight_scale: fx.Node
+    weight_zero_point: fx.Node | None
+    channel_shift: fx.Node | None
+    bias: fx.Node | None
+    x_scale: float
+    x_zero_point: int
+    weight_shape: list[int]
+    output_dtype: torch.dtype
+    stride: tuple[int, ...] = (1, 1)
+    padding: tuple[int, ...] = (0, 0)
+    dilation: tuple[int, ...] = (1, 1)
+    groups: int = 1
+
+    @property
+    def is_conv2d(self) -> bool:
+        """Whether it is a convolution."""
+        return self.node.target is qdiff.conv2d.default
+
+    @property
+    def geometry(self) -> tuple[list[int], list[int], list[int], int]:
+        """Stride, padding, dilation and groups, as convolutions take them."""
+        return list(self.stride), list(self.padding), list(self.dilation), self.groups
+
+    def integers(self, graph_module: fx.GraphModule) -> Tensor:
+        """Its int8 weight [O, C / groups, ...], zero point and shifts folded."""
+        packed, zero_point, shift = (
+            stored_tensor(graph_module, item) for item in (self.weight, self.weight_zero_point, self.channel_shift)
+        )
+        assert packed is not None
+        return integer_weight(packed, zero_point, shift, self.weight_shape, self.groups)
+
+
+class IntegerLayerPass(RewritePass[IntegerLayer]):
+    """Finds every qdiff.conv2d and qdiff.linear; subclasses say what becomes of it.
+
+    Left alone: layers whose constants are computed in the graph.
+    """
+
+    def pattern(self, node: fx.Node, graph_module: fx.GraphModule, context: PassContext) -> IntegerLayer | None:
+        return integer_layer(node)
+
+    def check(self, match: IntegerLayer, graph_module: fx.GraphModule, context: PassContext) -> str | None:
+        return computed_operands([item for item in match.node.args[1:6] if isinstance(item, fx.Node)])
+
+
+def integer_layer(node: fx.Node) -> IntegerLayer | None:
+    """`node` as an integer layer of the plan, or None."""
+    if node.target not in (qdiff.conv2d.default, qdiff.linear.default):
+        return None
+    arguments: Any = node.args
+    names = ("x", "weight", "weight_scale", "weight_zero_point", "channel_shift", "bias", "x_scale", "x_zero_point")
+    *common, shape = arguments[:9]
+    geometry: dict[str, Any] = {}
+    if node.target is qdiff.conv2d.default:
+        stride, padding, dilation, groups = arguments[9:13]
+        geometry = {
+            "stride": tuple(stride),
+            "padding": tuple(padding),
+            "dilation": tuple(dilation),
+            "groups": groups,
+        }
+    return IntegerLayer(
+        node=node,
+        **dict(zip(names, common, strict=True)),
+        weight_shape=list(shape),
+        output_dtype=arguments[-1],
+        **geometry,
+    )
+
+
+def stored_tensor(graph_module: fx.GraphModule, node: Any) -> Tensor | None:
+    """The tensor that a get_attr node names, None for None."""
+    return None if node is None else get_tensor(graph_module, node.target).detach()
+
+
+def add_constant(graph_module: fx.GraphModule, name: str, tensor: Tensor) -> fx.Node:
+    """A get_attr node of a new non-persistent buffer, without a fake value, at the graph's insertion point."""
+    set_tensor(graph_module, name, tensor, persistent=False)
+    return graph_module.graph.get_attr(name)
+
+
+def value_like(node: fx.Node, tensor: Tensor) -> Tensor:
+    """`tensor` as the values in `node`'s graph are: a fake of their mode, or itself."""
+    mode = getattr(node.meta["val"], "fake_mode", None)
+    value: Tensor = tensor if mode is None else mode.from_tensor(tensor, static_shapes=True)
+    return value
