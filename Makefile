@@ -3,6 +3,7 @@
 #   make demo       run the main job on the bundled model; pictures and report.html land in demo/
 #   make test       the whole gate
 #   make test-slow  the tests that take minutes
+#   make gpu        on a machine with an NVIDIA GPU: kernels against the reference, then latency into docs/results-cuda.md
 #   make format     rewrite the sources as the gate wants them
 #   make clean      remove everything that make and the tools wrote, .venv included
 #
@@ -15,7 +16,7 @@ WORKERS ?= auto
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test test-slow lint format clean install
+.PHONY: demo test test-slow gpu lint format clean install
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -26,6 +27,11 @@ test: lint
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -q -m slow
+
+gpu: $(INSTALLED)
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest -q -m "slow or not slow" -k cuda \
+	  tests/kernels/test_backends_contract.py tests/kernels/test_cuda_device.py
+	$(BIN)/python benchmarks/latency_cuda.py sd15 sdxl --out docs/results-cuda.json
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .

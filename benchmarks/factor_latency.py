@@ -20,10 +20,10 @@ from statistics import median
 from typing import Any
 
 import torch
-from latency import CARRIERS, CASES, MALLOC, interleaved, isa
 from torch import Tensor, fx
 
 import qdiff_fx
+from latency import CARRIERS, CASES, MALLOC, interleaved, isa
 from qdiff_fx.allocation.channel_factors import input_nodes, readers_of
 from qdiff_fx.allocation.factor_search import install_factor
 from qdiff_fx.calibration.driver import fit_activations, fit_weights

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from planting import PLANTED, plant_constant
 
 import qdiff_fx
+from planting import PLANTED, plant_constant
 from qdiff_fx.calibration import CalibrationSet
 from qdiff_fx.cli.sources import open_source
 from qdiff_fx.errors import QDiffWarning

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from quality_page import write_page
 
 import qdiff_fx
 from qdiff_fx.assets import load_unconditional
@@ -39,6 +38,7 @@ from qdiff_fx.reconstruction.subgraph import partition
 from qdiff_fx.report.machine import describe_machine
 from qdiff_fx.safe_io import read_json, read_tensors, write_json, write_tensors
 from qdiff_fx.stages import learn_blocks, observe_and_fit
+from quality_page import write_page
 
 STEPS, GROWTH_STEPS, IMAGES, NOISE_SEED = 50, 100, 16, 5
 UNIFORM: dict[str, Any] = {"weight_slack": 0.0, "activation_slack": 0.0, "equalize": False}

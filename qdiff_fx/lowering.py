@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from qdiff_fx.config import QDiffConfig
 from qdiff_fx.graph.edit import LAYER_OPERATORS, get_tensor, shared_copy, stored_bytes
@@ -97,6 +97,15 @@ def lower(
     return lowered, LoweringReport(
         backend=backend, rows=tuple(_rows(lowered)), extra_quantize_steps=_extra_quantize_steps(plan)
     )
+
+
+def offload(plan: fx.GraphModule, lowered: fx.GraphModule, move: Callable[[Tensor], Tensor] = Tensor.cpu) -> None:
+    """Move, in place, what only the plan still holds: packed weights that kernels read in another layout."""
+    read = (get_tensor(lowered, node.target) for node in lowered.graph.nodes if node.op == "get_attr")
+    used = {tensor.untyped_storage().data_ptr() for tensor in read}
+    for tensor in (*plan.parameters(), *plan.buffers()):
+        if tensor.untyped_storage().data_ptr() not in used:
+            tensor.data = move(tensor.data)
 
 
 def _extra_quantize_steps(plan: fx.GraphModule) -> int:

@@ -15,14 +15,15 @@ from torch import Tensor, fx
 
 from qdiff_fx.checkpoint import DEFAULT_SHARD_BYTES, StoredModel, read_model, write_model
 from qdiff_fx.config import QDiffConfig
-from qdiff_fx.errors import BackendError, InputError
+from qdiff_fx.errors import BackendError, InputError, NonFiniteError
 from qdiff_fx.fake_quantize import NoiseLevel, QuantizerMode, set_mode
+from qdiff_fx.graph.finite import first_non_finite, is_finite
 from qdiff_fx.graph.outputs import OutputStructure
 from qdiff_fx.graph.signature import CallSignature
 from qdiff_fx.graph.skeleton import build_skeleton, output_class, readable
 from qdiff_fx.graph.tokens import set_device
 from qdiff_fx.kernels import select_backend, usable_device
-from qdiff_fx.lowering import LoweringReport, lower
+from qdiff_fx.lowering import LoweringReport, lower, offload
 from qdiff_fx.passes.base import PassResult
 from qdiff_fx.safe_io import write_bytes
 
@@ -197,14 +198,24 @@ class QuantizedUNet(GraphUNet):
         self.requested_backend, self.strict = backend, strict
         self.calibration = dict(calibration or {})
         self._compiled: Callable[..., Any] | None = None
+        self._guarded = False
+        self._placement = super().device
         self.eval()
         self._lower()
 
+    @property
+    def device(self) -> torch.device:
+        """Where it runs; tensors of the plan that only `save` and another lowering read may lie in main memory."""
+        return self._placement
+
     def _lower(self) -> None:
         self.backend = select_backend(self.requested_backend, self.device.type).name
+        self.plan.to(self.device)
         lowered, self._report = lower(self.plan, self.backend, self.signature, strict=self.strict)
         # Not a submodule: its packed weights can neither be copied nor saved, and the plan owns all the rest.
         self.__dict__["lowered"] = lowered
+        if self.device.type == "cuda":
+            offload(self.plan, lowered)
         fallbacks = [row for row in self._report.rows if row.fallback and not row.simulated]
         if self.strict and fallbacks:
             first = fallbacks[0]
@@ -223,6 +234,16 @@ class QuantizedUNet(GraphUNet):
         self._lower()
 
     def run(self, inputs: tuple[Tensor, ...]) -> Any:
+        result = self._step(inputs)
+        if self._guarded and not is_finite(result):
+            culprit = first_non_finite(self.lowered, inputs)
+            raise NonFiniteError(
+                f"{culprit or 'the compiled step alone'} is the first to make NaN or infinity on backend "
+                f"{self.backend!r}; if its inputs are sane, convert with dtype=torch.bfloat16 or torch.float32"
+            )
+        return result
+
+    def _step(self, inputs: tuple[Tensor, ...]) -> Any:
         if self._compiled is None:
             return self.lowered(*inputs)
         # Marks are kept on the tensor object: on the caller's own they would bind every other compiled model.
@@ -243,6 +264,14 @@ class QuantizedUNet(GraphUNet):
         self._compiled = torch.compile(self.lowered, **{"fullgraph": True, **options})
         return self
 
+    def check_finite(self, enabled: bool = True) -> Self:
+        """Raise NonFiniteError, naming the first layer at fault, for results with NaN or infinity; returns itself.
+
+        Off by default: it waits for the device once a step, and runs a failing step again layer by layer.
+        """
+        self._guarded = enabled
+        return self
+
     def lowering_report(self) -> LoweringReport:
         """A row a node: kernel, dtype, bytes, and the reason of any fallback; `str()` of it is a table."""
         return self._report
@@ -253,6 +282,7 @@ class QuantizedUNet(GraphUNet):
         # Scales stay float32 under a cast to the carrier type.
         super()._apply(lambda tensor: fn(tensor).to(tensor.dtype), recurse)  # type: ignore[no-untyped-call]
         if moves:
+            self._placement = fn(torch.empty(0, device=self.device)).device
             self._compiled = None
             set_device(self.plan.graph, self.device)
             self.plan.recompile()

@@ -52,7 +52,7 @@ class LowerCudaAttention(RewritePass[fx.Node]):
         elif not _has_kernel(match):
             drop_quantizers(match, graph_module, "its operands or probabilities are not quantized")
         else:
-            work, judge = _work(match), gpu or GPUS[DEFAULT_CAPABILITY]
+            work, judge = attention_work(match), gpu or GPUS[DEFAULT_CAPABILITY]
             integer, carrier = integer_attention(work, judge).predicted, carrier_attention(work, judge).predicted
             if integer < carrier:
                 _use_kernel(match, graph_module, gpu)
@@ -66,7 +66,8 @@ def _has_kernel(node: fx.Node) -> bool:
     return bool(arguments[6]) and bool(arguments[9])
 
 
-def _work(node: fx.Node) -> AttentionWork:
+def attention_work(node: fx.Node) -> AttentionWork:
+    """The size of a qdiff.attention in the example call."""
     arguments: Any = node.args
     query, key = ([size_hint(size) for size in shape_of(item) or ()] for item in arguments[:2])
     return AttentionWork(heads=prod(query[:-2]), queries=query[-2], keys=key[-2], head=query[-1])

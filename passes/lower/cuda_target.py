@@ -32,6 +32,8 @@ _VIEWS = (
     aten.contiguous.default,
     aten.clone.default,
     aten.slice.Tensor,
+    aten.to.dtype,
+    aten.dropout.default,
 )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -91,13 +92,24 @@ ZERO_POINTS = [
 ]
 
 
+def device_of(backend: str) -> str:
+    """Where a backend is tried: in the interpreter on the CPU, unless TRITON_INTERPRET=0 asks for the GPU."""
+    return "cuda" if backend == "cuda" and os.environ["TRITON_INTERPRET"] == "0" else "cpu"
+
+
 @pytest.fixture(params=KERNELS)
 def backend(request: pytest.FixtureRequest) -> str:
     name: str = request.param
-    reason = BACKENDS[name].unavailable("cpu")
+    reason = BACKENDS[name].unavailable(device_of(name))
     if reason is not None:
+        assert os.environ["TRITON_INTERPRET"] != "0" or name != "cuda", reason
         pytest.skip(reason)
     return name
+
+
+def on_device(module: fx.GraphModule, backend: str) -> Callable[[Tensor], Tensor]:
+    """The lowered module as a function of tensors on the CPU."""
+    return lambda x: module(x.to(device_of(backend))).cpu()
 
 
 class Operands:
@@ -147,12 +159,12 @@ def operator(backend: str, target: Any, operands: Operands, tail: tuple[Any, ...
     constants = [operands[name] for name in ("weight", "scale", "zero_point", "shift", "bias")]
     x.meta["val"] = operands.x
     node.meta["val"] = target(operands.x, *constants, operands.x_scale, zero_point, *tail)
-    module = fx.GraphModule(root, graph)
+    module = fx.GraphModule(root.to(device_of(backend)), graph)
     signature = CallSignature(inputs=(), parameters=("x",), structure={}, sample="x", timestep=None)
     run_passes(LOWER[backend], module, PassContext(config=QDiffConfig(), signature=signature))
     names = [str(item.target) for item in module.graph.nodes]
     assert str(target) not in names, "the backend left the operator to the reference"
-    return module
+    return on_device(module, backend)
 
 
 def conv(case: Conv, stored: str, *, scaled: bool, dtype: torch.dtype) -> tuple[Operands, tuple[Any, ...]]:
@@ -267,10 +279,10 @@ def test_codes_are_equal_to_the_bit(
     graph.output(node)
     wanted = qdiff.quantize.default(x, inv_scale, *arguments)
     placeholder.meta["val"], attribute.meta["val"], node.meta["val"] = x, inv_scale, wanted
-    module = fx.GraphModule(root, graph)
+    module = fx.GraphModule(root.to(device_of(backend)), graph)
     signature = CallSignature(inputs=(), parameters=("x",), structure={}, sample="x", timestep=None)
     run_passes(LOWER[backend], module, PassContext(config=QDiffConfig(), signature=signature))
-    assert torch.equal(module(x), wanted)
+    assert torch.equal(on_device(module, backend)(x), wanted)
 
 
 _PROBE = "from qdiff_fx.kernels import BACKENDS; print(BACKENDS['x86'].unavailable('cpu') or 'available')"

@@ -1,0 +1,139 @@
+"""Compile every kernel variant of the cuda backend for every architecture, without a GPU, and tabulate what came out.
+
+    python benchmarks/cuda_kernels.py --out docs/results-cuda-kernels.json
+
+Each block shape that lowering may choose is compiled with each variant of weights and epilogue. A kernel that spills
+registers, or whose PTX lacks the int8 tensor-core instruction of its generation, makes the command fail. The table is
+written beside the JSON as .md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from tqdm import tqdm
+
+from qdiff_fx.kernels.cuda_gpu import GPUS, Capability
+from qdiff_fx.kernels.cuda_tiles import ATTENTION_TILES, TILES
+from qdiff_fx.kernels.triton_kernels.compile_ahead import (
+    INSTRUCTIONS,
+    Compiled,
+    LayerVariant,
+    compile_attention,
+    compile_layer,
+)
+from qdiff_fx.safe_io import write_bytes, write_json
+
+BF16, FP32 = torch.bfloat16, torch.float32
+POINTWISE: dict[str, Any] = {"kernel": 1, "padding": 0}
+
+VARIANTS = (
+    LayerVariant(name="W8 3x3, embedding", embedding=True),
+    LayerVariant(name="W8 3x3, residual, bf16", residual=True, carrier=BF16),
+    LayerVariant(name="W8 3x3 stride 2, 640", stride=2, channels=640, outputs=640),
+    LayerVariant(name="W8 1x1", **POINTWISE),
+    LayerVariant(name="W8 1x1, residual, 1280", channels=1280, outputs=1280, residual=True, **POINTWISE),
+    LayerVariant(name="W8 1x1, SiLU, requantize", silu=True, requantize=True, **POINTWISE),
+    LayerVariant(name="W8 1x1, fp32", carrier=FP32, **POINTWISE),
+    LayerVariant(name="W4 3x3, shifts, embedding", packed=True, shifted=True, embedding=True),
+    LayerVariant(name="W4 3x3, residual, bf16", packed=True, residual=True, carrier=BF16),
+    LayerVariant(name="W4 3x3 stride 2, 640", packed=True, stride=2, channels=640, outputs=640),
+    LayerVariant(name="W4 1x1, shifts, residual", packed=True, shifted=True, channels=1280, residual=True, **POINTWISE),
+    LayerVariant(name="W4 1x1, SiLU, requantize", packed=True, silu=True, requantize=True, **POINTWISE),
+)
+HEADS = (40, 64, 80, 160)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--architectures", nargs="+", choices=[gpu.architecture for gpu in GPUS.values()])
+    arguments = parser.parse_args()
+    chosen = [key for key, gpu in GPUS.items() if gpu.architecture in (arguments.architectures or [gpu.architecture])]
+    rows = list(tqdm(_compiled(chosen), desc="compiling", unit="kernels", disable=None))
+    results = {"triton": triton.__version__, "torch": torch.__version__, "rows": rows}
+    write_json(arguments.out, results)
+    write_bytes(arguments.out.with_suffix(".md"), table(results).encode())
+    bad = [row for row in rows if row["spilled"] or not row["instructions"]]
+    for row in bad:
+        print(row, file=sys.stderr)
+    sys.exit(bool(bad))
+
+
+def _compiled(capabilities: Sequence[Capability]) -> Iterator[dict[str, Any]]:
+    for capability in capabilities:
+        for variant in VARIANTS:
+            for tile in TILES[capability][variant.packed]:
+                yield _row(variant.name, str(tile), capability, compile_layer(variant, tile, capability))
+        for head in HEADS:
+            tile = next(tile for size, tile in ATTENTION_TILES.items() if head <= size)
+            label = f"{tile[0]}x{tile[1]}, {tile[2]} warps, {tile[3]} stages"
+            for masked in (False, True):
+                name = f"attention, head {head}{', mask' if masked else ''}"
+                yield _row(name, label, capability, compile_attention(head, tile, capability, masked=masked))
+
+
+def _row(name: str, tile: str, capability: Capability, compiled: Compiled) -> dict[str, Any]:
+    return {
+        "architecture": GPUS[capability].architecture,
+        "kernel": name,
+        "tile": tile,
+        "instructions": compiled.instructions,
+        "registers": compiled.registers,
+        "spilled": compiled.spilled,
+        "shared_memory": compiled.shared_memory,
+    }
+
+
+def table(results: Mapping[str, Any]) -> str:
+    rows = results["rows"]
+    spilling = sum(row["spilled"] > 0 for row in rows)
+    lines = [
+        "# Kernels of the cuda backend, compiled ahead of time",
+        "",
+        "Written by `python benchmarks/cuda_kernels.py --out docs/results-cuda-kernels.json`, which needs no GPU:",
+        "every block shape that lowering may choose, with every variant of weights and epilogue (with 320 channels and",
+        "outputs where the name says nothing else, fp16 carrier, bias).",
+        "",
+        f"Triton {results['triton']}, torch {results['torch']}; {len(rows)} kernels, {spilling} spill registers.",
+        "The int8 tensor-core instruction that was looked for in the PTX of each:",
+        "",
+        "| architecture | instruction | kernels | with it | most registers a thread | spilled bytes |",
+        "|---|---|---:|---:|---:|---:|",
+    ]
+    for gpu in GPUS.values():
+        mine = [row for row in rows if row["architecture"] == gpu.architecture]
+        if mine:
+            pattern = INSTRUCTIONS[gpu.capability[0]].replace("\\", "").replace("[^;]*", "...")
+            lines.append(
+                f"| {gpu.architecture} | `{pattern}` | {len(mine)} | {sum(row['instructions'] > 0 for row in mine)} | "
+                f"{max(row['registers'] for row in mine)} | {sum(row['spilled'] for row in mine)} |"
+            )
+    lines += [
+        "",
+        "Registers a thread and shared memory a block (KiB) by shape, the most over all variants:",
+        "",
+        "| architecture | kernels | tile (rows x outputs x depth) | registers | spilled bytes | shared memory |",
+        "|---|---|---|---:|---:|---:|",
+    ]
+    groups: dict[tuple[str, str, str], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        kind = row["kernel"].split()[0].rstrip(",")
+        groups.setdefault((row["architecture"], kind, row["tile"]), []).append(row)
+    for (architecture, kind, tile), members in groups.items():
+        most = {key: max(row[key] for row in members) for key in ("registers", "spilled", "shared_memory")}
+        lines.append(
+            f"| {architecture} | {kind} | {tile} | {most['registers']} | {most['spilled']} | "
+            f"{most['shared_memory'] / 1024:.0f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()

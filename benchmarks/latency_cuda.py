@@ -1,0 +1,328 @@
+"""Latency, memory and roofline of one UNet step on an NVIDIA GPU: compiled fp16, torchao, and the cuda backend.
+
+    python benchmarks/latency_cuda.py sd15 sdxl --out docs/results-cuda.json
+
+It needs torch, triton, torchao and diffusers, no network and no weights: they are random, so quality means nothing and
+the SQNR against fp16 only shows that an arm computes the same network. All arms of an architecture run in one process,
+interleaved, batch 2; medians, and medians of the ratios of neighbouring runs. The page is written beside the JSON
+as .md. `--rehearse` runs all of it on the CPU, kernels in Triton's interpreter, on a network that it can take.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import gc
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+import qdiff_fx
+from architectures import ARCHITECTURES, BATCH
+from qdiff_fx.kernels.cuda_gpu import GPUS, Gpu, gpu_for
+from qdiff_fx.kernels.cuda_model import LayerWork, integer_layer
+from qdiff_fx.kernels.cuda_tiles import Product
+from qdiff_fx.safe_io import write_bytes, write_json
+
+CARRIER = torch.float16
+BASELINE = "fp16 compile"
+PRESETS = ("w8a8", "w4a8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("architectures", nargs="+", choices=list(ARCHITECTURES))
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--rehearse", action="store_true", help="on the CPU, in Triton's interpreter")
+    options = parser.parse_args()
+    wanted = "1" if options.rehearse else "0"
+    if os.environ.get("TRITON_INTERPRET", "0") != wanted:  # read when the kernels are decorated
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"TRITON_INTERPRET": wanted})
+    machine = Machine(rehearsal=options.rehearse)
+    results = json.loads(options.out.read_text()) if options.out.exists() else {}
+    for name in options.architectures:
+        torch.manual_seed(0)
+        results[name] = measure(name, machine, options.repeats)
+        write_json(options.out, results)
+        write_bytes(options.out.with_suffix(".md"), page(results).encode())
+
+
+class Machine:
+    """The GPU, or the CPU in a rehearsal: where tensors go, how code is compiled, timed and weighed."""
+
+    def __init__(self, *, rehearsal: bool) -> None:
+        reason = qdiff_fx.kernels.BACKENDS["cuda"].unavailable("cpu" if rehearsal else "cuda")
+        if reason is not None:
+            sys.exit(f"latency_cuda.py: {reason}")
+        self.device = torch.device("cpu" if rehearsal else "cuda")
+        self.on_gpu = not rehearsal
+        self.compile_options: dict[str, Any] = {"mode": "max-autotune"} if self.on_gpu else {"backend": "aot_eager"}
+
+    @property
+    def gpu(self) -> Gpu:
+        """Its peaks; an H100's in a rehearsal."""
+        return gpu_for(torch.cuda.get_device_capability()) if self.on_gpu else GPUS[(9, 0)]
+
+    @property
+    def name(self) -> str:
+        """For the page."""
+        return torch.cuda.get_device_name() if self.on_gpu else "a CPU (rehearsal: times mean nothing)"
+
+    def seconds(self, run: Callable[[], Any]) -> float:
+        """Of one run, on the device's own clock."""
+        if not self.on_gpu:
+            started = time.perf_counter()
+            run()
+            return time.perf_counter() - started
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        return 1e-3 * float(start.elapsed_time(end))
+
+    def allocated(self) -> int:
+        """Bytes that tensors hold on the GPU; 0 in a rehearsal."""
+        gc.collect()
+        return torch.cuda.memory_allocated() if self.on_gpu else 0
+
+    def peak(self, run: Callable[[], Any]) -> int:
+        """Most bytes that tensors held during a run; 0 in a rehearsal."""
+        if self.on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        run()
+        return torch.cuda.max_memory_allocated() if self.on_gpu else 0
+
+
+def measure(name: str, machine: Machine, repeats: int) -> dict[str, Any]:
+    unet, examples = ARCHITECTURES[name]()
+    folders = {preset: stored(unet, examples, preset) for preset in PRESETS}
+    inputs = moved(examples, machine.device)
+    timestep = torch.full((BATCH,), 500.0, device=machine.device)
+    unet = unet.to(CARRIER)
+    makers: dict[str, Callable[[], Any]] = {
+        BASELINE: lambda: unet.to(machine.device, memory_format=torch.channels_last),
+        "torchao int8 dynamic": lambda: torchao_linears(unet, machine),
+        **{preset: lambda preset=preset: load(folders[preset].name, machine) for preset in PRESETS},
+    }
+    arms: dict[str, Callable[[], Tensor]] = {}
+    rows: dict[str, dict[str, Any]] = {}
+    layers: dict[str, Any] = {}
+    reports: dict[str, str] = {}
+    with torch.no_grad():
+        for label, make in makers.items():
+            before = machine.allocated()
+            model = make()
+            weights = machine.allocated() - before
+            if label in PRESETS:
+                reports[label] = str(model.lowering_report())
+                layers[label] = roofline(model, inputs, timestep, machine, repeats)
+            compiled = torch.compile(model, fullgraph=True, **machine.compile_options)
+
+            def run(compiled: Any = compiled) -> Tensor:
+                result: Tensor = compiled(**inputs, timestep=timestep, return_dict=False)[0]
+                return result
+
+            started = time.perf_counter()
+            results = [run().float().cpu() for _ in range(3)][-1]
+            rows[label] = {"weights": weights, "compile_seconds": time.perf_counter() - started, "result": results}
+            arms[label] = run
+            print(f"{name}: {label} compiled in {rows[label]['compile_seconds']:.0f} s", flush=True)
+        for label, run in arms.items():
+            rows[label]["peak"] = machine.peak(run)
+        times = interleaved(arms, machine, repeats)
+    exact = rows[BASELINE]["result"]
+    for folder in folders.values():
+        folder.cleanup()
+    return {
+        "device": machine.name,
+        "torch": torch.__version__,
+        "rehearsal": not machine.on_gpu,
+        "batch": BATCH,
+        "arms": {
+            label: {
+                "milliseconds": 1e3 * median(times[label]),
+                "speed": median(b / a for a, b in zip(times[label], times[BASELINE], strict=True)),
+                "sqnr_db": decibels(exact, row["result"]),
+                **{key: value for key, value in row.items() if key != "result"},
+            }
+            for label, row in rows.items()
+        },
+        "layers": layers,
+        "reports": reports,
+    }
+
+
+def stored(unet: torch.nn.Module, inputs: Mapping[str, Any], preset: str) -> tempfile.TemporaryDirectory[str]:
+    """`unet` converted on the CPU and saved: calibrate anywhere, load on the GPU."""
+    config = qdiff_fx.QDiffConfig.preset(
+        preset,
+        weight_slack=0.0,
+        activation_slack=0.0,
+        equalize=False,
+        weight_observer="minmax",
+        activation_observer="minmax",
+    )
+    with torch.no_grad():
+        prepared = qdiff_fx.prepare(unet, config, example_kwargs={**inputs, "timestep": torch.full((BATCH,), 500.0)})
+        for level in (10.0, 500.0, 990.0):
+            prepared(**inputs, timestep=torch.full((BATCH,), level))
+    quantized = qdiff_fx.convert(prepared, backend="reference", dtype=CARRIER)
+    folder = tempfile.TemporaryDirectory()
+    qdiff_fx.save(quantized, folder.name)
+    return folder
+
+
+def load(folder: str, machine: Machine) -> Any:
+    return qdiff_fx.load(folder, backend="cuda", device=machine.device)
+
+
+def torchao_linears(unet: torch.nn.Module, machine: Machine) -> torch.nn.Module:
+    """A copy of `unet` with torchao's dynamic int8 on its linears."""
+    model = copy.deepcopy(unet).to(machine.device)
+    quantize_(model, Int8DynamicActivationInt8WeightConfig())
+    return model
+
+
+class Timer(fx.Interpreter):
+    """Runs a lowered graph and times each kernel of ours, one of every kind, on the operands that it has there."""
+
+    def __init__(self, graph_module: fx.GraphModule, machine: Machine, repeats: int) -> None:
+        super().__init__(graph_module)
+        self.machine, self.repeats = machine, repeats
+        self.rows: dict[str, dict[str, Any]] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        target: Any = n.target
+        if str(target) not in ("qdiff.cuda_conv2d.default", "qdiff.cuda_linear.default"):
+            return super().run_node(n)
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        names = [item.name for item in target._schema.arguments]
+        call = dict(zip(names, args, strict=True))
+        result = target(*args, **kwargs)  # the first call compiles
+        work = _work(call, result)
+        product = work.product
+        kind = "linear" if "kernel" in call else "conv {}x{}".format(*call["weight_shape"][2:])
+        steps = [step for step in ("embedding", "residual", "inv_scale") if call[step] is not None]
+        kernel = "int_mm" if call.get("kernel") == "int_mm" else "x".join(str(item) for item in call["tile"][:3])
+        shape = f"{product.rows} x {product.outputs * product.groups} x {product.depth * product.taps}"
+        key = " ".join((kind, shape, str(call.get("stride", "")), *steps, kernel))
+        if key not in self.rows:
+            times = [self.machine.seconds(lambda: target(*args, **kwargs)) for _ in range(self.repeats + 2)][2:]
+            estimate = integer_layer(work, self.machine.gpu)
+            self.rows[key] = {
+                "kind": " ".join((kind, *(f"+ {step}" for step in steps))),
+                "shape": shape,
+                "kernel": kernel,
+                "count": 0,
+                "seconds": median(times),
+                "floor": estimate.floor,
+                "operations": estimate.operations,
+                "bytes": estimate.bytes,
+            }
+        self.rows[key]["count"] += 1
+        return result
+
+
+def roofline(
+    model: Any, inputs: Mapping[str, Any], timestep: Tensor, machine: Machine, repeats: int
+) -> list[dict[str, Any]]:
+    timer = Timer(model.lowered, machine, repeats)
+    timer.run(*model.signature.flatten((), {**inputs, "timestep": timestep}))
+    return list(timer.rows.values())
+
+
+def _work(call: Mapping[str, Any], result: Tensor) -> LayerWork:
+    outputs, depth, *kernel = call["weight_shape"]
+    groups = call.get("groups", 1)
+    product = Product(
+        rows=result.numel() // outputs,
+        outputs=outputs // groups,
+        depth=depth,
+        taps=kernel[0] * kernel[1] if kernel else 1,
+        groups=groups,
+        packed=call["weight_zero_point"] is not None,
+    )
+    return LayerWork(product=product, input_elements=call["x"].numel())
+
+
+def interleaved(arms: Mapping[str, Callable[[], Tensor]], machine: Machine, repeats: int) -> dict[str, list[float]]:
+    """Seconds of every run, arms taking turns, so that clocks and temperatures are those of all."""
+    times: dict[str, list[float]] = {label: [] for label in arms}
+    for turn in range(repeats + 2):
+        for label, run in arms.items():
+            seconds = machine.seconds(run)
+            if turn >= 2:
+                times[label].append(seconds)
+    return times
+
+
+def moved(value: Any, device: torch.device) -> Any:
+    """Inputs in the carrier type, on the device."""
+    if isinstance(value, Mapping):
+        return {key: moved(item, device) for key, item in value.items()}
+    return value.to(device, CARRIER)
+
+
+def decibels(exact: Tensor, seen: Tensor) -> float | None:
+    """SQNR; None where the result is not finite or the same."""
+    error = (exact.double() - seen.double()).pow(2).sum()
+    ratio = float(exact.double().pow(2).sum() / error) if error > 0 else 0.0
+    return float(10 * torch.log10(torch.tensor(ratio))) if 0 < ratio < float("inf") else None
+
+
+def page(results: Mapping[str, Any]) -> str:
+    lines = [
+        "# Latency on the GPU",
+        "",
+        "Written by `python benchmarks/latency_cuda.py sd15 sdxl --out docs/results-cuda.json` (`make gpu`): one UNet",
+        "step, random weights, arms interleaved in one process, medians. Ours are loaded from a saved model,",
+        "in an fp16 carrier.",
+        "SQNR is against compiled fp16 on one random input without calibration data.",
+    ]
+    for name, case in results.items():
+        heading = f"## {name}, batch {case['batch']}, on {case['device']}, torch {case['torch']}"
+        lines += [
+            "",
+            heading,
+            "",
+            "| arm | ms a step | against compiled fp16 | weights, MB | of fp16 | peak memory, MB | SQNR, dB |",
+            "|---|---:|---:|---:|---:|---:|---:|",
+        ]
+        base = case["arms"][BASELINE]["weights"] or 1
+        for label, arm in case["arms"].items():
+            quality = "" if arm["sqnr_db"] is None else f"{arm['sqnr_db']:.1f}"
+            lines.append(
+                f"| {label} | {arm['milliseconds']:.2f} | {arm['speed']:.2f}x | {arm['weights'] / 1e6:.0f} | "
+                f"{arm['weights'] / base:.2f}x | {arm['peak'] / 1e6:.0f} | {quality} |"
+            )
+        for label, rows in case["layers"].items():
+            lines += [
+                "",
+                f"### {label}: kernels, longest first",
+                "",
+                "| layer | rows x outputs x depth | kernel | count | us | floor us | of the roofline | 10^12 op/s |",
+                "|---|---|---|---:|---:|---:|---:|---:|",
+            ]
+            for row in sorted(rows, key=lambda row: -row["count"] * row["seconds"]):
+                lines.append(
+                    f"| {row['kind']} | {row['shape']} | {row['kernel']} | {row['count']} | "
+                    f"{1e6 * row['seconds']:.1f} | {1e6 * row['floor']:.1f} | {row['floor'] / row['seconds']:.0%} | "
+                    f"{row['operations'] / row['seconds'] / 1e12:.1f} |"
+                )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
