@@ -46,6 +46,8 @@ def example_call(unet: nn.Module) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
     if config.get("addition_embed_type") == "text_time":
         pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
         kwargs["added_cond_kwargs"] = {"text_embeds": torch.zeros(_BATCH, pooled), "time_ids": torch.zeros(_BATCH, 6)}
+    if config.get("time_cond_proj_dim"):  # latent consistency models: the embedded guidance scale
+        kwargs["timestep_cond"] = torch.zeros(_BATCH, config["time_cond_proj_dim"])
     if pictures is not None:
         scale = 2 ** (len(pictures) - 1)
         channels = config.get("conditioning_channels") or 3

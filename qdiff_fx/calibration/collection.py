@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from qdiff_fx.calibration.conditions import Conditions, encode_prompts, gather_conditions
+from qdiff_fx.calibration.conditions import Conditions, gather_conditions
+from qdiff_fx.calibration.prompts import conditions_of_prompts
 from qdiff_fx.calibration.provenance import describe, refuse_quantized, weights_fingerprint
 from qdiff_fx.errors import InputError
 
@@ -97,23 +98,32 @@ def make_collection(
             raise InputError(f"{name}={count}: want 1 or more")
     if not math.isfinite(guidance_scale):
         raise InputError(f"guidance_scale={guidance_scale}: want a finite number, 1 for none")
+    gathered: Conditions
     if prompts is not None:
-        if encoder_hidden_states is not None or negative_encoder_hidden_states is not None:
-            raise InputError("prompts= and encoder_hidden_states= exclude each other; pass one of them")
-        encoder_hidden_states, negative_encoder_hidden_states = encode_prompts(
-            pipe_or_unet, prompts, guided=guidance_scale > 1.0, device=next(unet.parameters()).device
+        given = (encoder_hidden_states, negative_encoder_hidden_states, conditions, negative_conditions)
+        if any(item is not None for item in given):
+            raise InputError("prompts= and encoder_hidden_states= or conditions= exclude each other; pass one of them")
+        gathered, seen = conditions_of_prompts(
+            pipe_or_unet,
+            prompts,
+            guidance_scale=guidance_scale,
+            num_inference_steps=num_inference_steps,
+            sample_shape=sample_shape,
         )
-    return Collection(
-        unet=unet,
-        scheduler=scheduler,
-        conditions=gather_conditions(
+        sample_shape = seen if sample_shape is None else sample_shape
+    else:
+        gathered = gather_conditions(
             guidance_scale=guidance_scale,
             encoder_hidden_states=encoder_hidden_states,
             negative_encoder_hidden_states=negative_encoder_hidden_states,
             conditions=conditions,
             negative_conditions=negative_conditions,
             context_size=_context_size(unet),
-        ),
+        )
+    return Collection(
+        unet=unet,
+        scheduler=scheduler,
+        conditions=gathered,
         sample_shape=_sample_shape(unet, sample_shape),
         num_inference_steps=num_inference_steps,
         num_timesteps=num_timesteps,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -98,28 +98,6 @@ def gather_conditions(
             wanted = "D" if context_size is None else str(context_size)
             raise InputError(f"{name} has shape {list(context.shape)}, the model wants [N, L, {wanted}]")
     return Conditions(conditional=conditional, unconditional=unconditional, rows=rows)
-
-
-def encode_prompts(pipe: Any, prompts: Sequence[str], *, guided: bool, device: torch.device) -> tuple[Any, Any]:
-    """(context [N, L, D], negative context or None) of the pipeline's text encoder, for the empty negative prompt.
-
-    Raises: InputError if the pipeline cannot, or its encoding is more than a context (Stable Diffusion XL).
-    """
-    encode = getattr(pipe, "encode_prompt", None)
-    if encode is None:
-        raise InputError(f"prompts=: {type(pipe).__name__} has no encode_prompt; pass encoder_hidden_states= instead")
-    if isinstance(prompts, str) or not prompts:
-        raise InputError(f"prompts={prompts!r}: want a list of one or more strings")
-    with torch.no_grad():
-        encoded = encode(
-            prompt=list(prompts), device=device, num_images_per_prompt=1, do_classifier_free_guidance=guided
-        )
-    if not isinstance(encoded, tuple) or len(encoded) != 2:
-        raise InputError(
-            f"prompts=: {type(pipe).__name__} encodes more than a context; pass encoder_hidden_states= and "
-            "conditions={'added_cond_kwargs': ...}, or use CalibrationSet.record around a run of the pipeline"
-        )
-    return encoded
 
 
 def draw_rows(rows: int | None, count: int, generator: torch.Generator) -> torch.Tensor:

@@ -132,7 +132,8 @@ class CalibrationSet:
           negative_encoder_hidden_states: [1 or N, L, D], of the unconditional branch.
           conditions: more keyword tensors [N, ...] (nested dicts allowed), drawn with the same index.
           negative_conditions: those that differ in the unconditional branch.
-          prompts: texts for a pipeline's own encoder, instead of contexts.
+          prompts: texts, with a text-to-image pipeline: it encodes them itself for both branches, with whatever else
+            it hands to its network (Stable Diffusion XL: pooled embeddings and sizes).
           sample_shape: (C, H, W); None takes it from the UNet's config.
           batch_size: trajectories run at a time; also the size of a stored shard.
           seed: equal seeds and arguments give equal bytes, interrupted or not.

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from qdiff_fx.calibration.timesteps import STRATEGIES
 from qdiff_fx.cli.parser import OneLineParser, future_folder, positive, verb_parser
-from qdiff_fx.cli.sources import add_source_arguments, open_source, require_full_precision
+from qdiff_fx.cli.pipelines import add_prompt_arguments, open_model
+from qdiff_fx.cli.sources import add_source_arguments, require_full_precision
 
 
 def add_collect_arguments(parser: OneLineParser) -> None:
@@ -30,13 +31,14 @@ def parser() -> OneLineParser:
     result.add_argument("--out", type=Path, required=True, metavar="SET", help="folder; an unfinished set goes on")
     add_collect_arguments(result)
     add_source_arguments(result)
+    add_prompt_arguments(result)
     return result
 
 
 def run(arguments: Namespace) -> None:
     """Collect, and say what came."""
     future_folder(arguments.out)
-    source = require_full_precision(open_source(arguments.model, context=arguments.context))
+    source = require_full_precision(open_model(arguments))
     data = source.collect(
         guidance_scale=arguments.guidance,
         num_inference_steps=arguments.steps,

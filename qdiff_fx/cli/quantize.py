@@ -11,13 +11,8 @@ import qdiff_fx
 from qdiff_fx.calibration import CalibrationSet
 from qdiff_fx.cli.collect import add_collect_arguments
 from qdiff_fx.cli.parser import OneLineParser, future_folder, verb_parser
-from qdiff_fx.cli.sources import (
-    Source,
-    add_source_arguments,
-    copy_sampling_files,
-    open_source,
-    require_full_precision,
-)
+from qdiff_fx.cli.pipelines import PipelineSource, add_prompt_arguments, open_model, publish_pipeline
+from qdiff_fx.cli.sources import Source, add_source_arguments, copy_sampling_files, require_full_precision
 from qdiff_fx.config import QDiffConfig
 from qdiff_fx.errors import QualityError
 from qdiff_fx.identity import tensors_digest
@@ -34,7 +29,9 @@ def parser() -> OneLineParser:
     """Arguments of this verb."""
     result = verb_parser(
         "quantize",
-        "Turn a model into one with packed integer weights and save it; without --calibration, collect data first.",
+        "Turn a model into one with packed integer weights and save it; without --calibration, collect data first.\n"
+        "A pipeline folder (model_index.json) becomes a pipeline folder that DiffusionPipeline.from_pretrained loads\n"
+        "after `import qdiff_fx`; prompts calibrate a text-to-image pipeline.",
         "qdiff-fx quantize fashion-uncond --preset w4a8 --out unet-w4a8 --calibration calibration",
     )
     result.add_argument("model", metavar="DIR", help="a diffusers folder, or fashion-uncond, fashion-cond")
@@ -52,6 +49,7 @@ def parser() -> OneLineParser:
     )
     add_collect_arguments(result)
     add_source_arguments(result)
+    add_prompt_arguments(result)
     return result
 
 
@@ -64,7 +62,9 @@ def run(arguments: Namespace) -> None:
     future_folder(arguments.out)
     if arguments.checkpoint_dir is not None:
         future_folder(arguments.checkpoint_dir, "--checkpoint-dir")
-    source = require_full_precision(open_source(arguments.model, context=arguments.context))
+    source = require_full_precision(open_model(arguments))
+    if isinstance(source, PipelineSource):
+        source.check_out(arguments.out)
     work: Path = arguments.checkpoint_dir or arguments.out.with_name(arguments.out.name + ".work")
     data = _data(source, arguments, work)
     identity = _identity(source, config, data, arguments)
@@ -114,8 +114,11 @@ def _build(
 
 def _publish(source: Source, built: Path, out: Path) -> None:
     """Write what was built to `out`; a kill leaves the model that `out` held before."""
-    qdiff_fx.save(qdiff_fx.load(built, backend="reference"), out)
-    copy_sampling_files(source, out)
+    if isinstance(source, PipelineSource):
+        publish_pipeline(source, built, out)
+    else:
+        qdiff_fx.save(qdiff_fx.load(built, backend="reference"), out)
+        copy_sampling_files(source, out)
     write_json(out / "calibration.json", read_json(built / "calibration.json"))
 
 

@@ -24,6 +24,7 @@ from qdiff_fx.safe_io import read_json
 
 BUNDLED: Mapping[str, Callable[[], Path]] = {"fashion-uncond": unconditional_path, "fashion-cond": conditional_path}
 _PLAN, _CONFIG, _SCHEDULER, _CONTEXT = "plan.json", "config.json", "scheduler", "context.safetensors"
+_GUIDANCE = 3.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +62,7 @@ class Source:
         return torch.randn(samples, *self.sample_shape, generator=torch.Generator().manual_seed(seed))
 
     def sampler(
-        self, noise: Tensor, *, steps: int, guidance_scale: float, keep_steps: bool = False
+        self, noise: Tensor, *, steps: int, guidance_scale: float | None, keep_steps: bool = False
     ) -> Callable[[Callable[..., Any]], Trajectory]:
         """Samples from `noise` with any network that is called like this one; row i gets prompt i modulo N.
 
@@ -78,15 +79,16 @@ class Source:
             noise,
             context=chosen,
             empty_context=context[-1:],
-            guidance_scale=guidance_scale,
+            guidance_scale=_GUIDANCE if guidance_scale is None else guidance_scale,
             num_inference_steps=steps,
             keep_steps=keep_steps,
         )
 
-    def collect(self, *, guidance_scale: float, **options: Any) -> CalibrationSet:
+    def collect(self, *, guidance_scale: float | None, **options: Any) -> CalibrationSet:
         """Calibration data of the full-precision network; `options` are those of CalibrationSet.collect."""
         if self.is_conditional:
             context = self.require_context()
+            guidance_scale = _GUIDANCE if guidance_scale is None else guidance_scale
             options |= {"guidance_scale": guidance_scale, "encoder_hidden_states": context[:-1]}
             options |= {"negative_encoder_hidden_states": context[-1:]} if guidance_scale > 1 else {}
         return CalibrationSet.collect(self.unet, scheduler=self.require_scheduler(), **options)
@@ -124,7 +126,10 @@ def add_source_arguments(parser: Any, *, guidance: bool = True) -> None:
     )
     if guidance:
         parser.add_argument(
-            "--guidance", type=float, default=3.0, metavar="G", help="guidance scale of conditional models (3)"
+            "--guidance",
+            type=float,
+            metavar="G",
+            help=f"guidance scale of conditional models (a pipeline's own; {_GUIDANCE:g} for a network alone)",
         )
 
 
@@ -132,7 +137,8 @@ def open_source(name: str, *, context: Path | None = None, backend: str = "auto"
     """The model that `name` stands for.
 
     Args:
-      name: a key of BUNDLED; a folder with unet/ and scheduler/; a UNet's own folder; a quantized folder.
+      name: a key of BUNDLED; a folder with unet/ and scheduler/; a UNet's own folder; a quantized folder,
+        or a pipeline's with a quantized unet/.
       context: contexts to use instead of the folder's own.
       backend: of a quantized model.
 
@@ -142,8 +148,9 @@ def open_source(name: str, *, context: Path | None = None, backend: str = "auto"
     if not folder.is_dir():
         raise InputError(f"{name}: no such folder; want one, or a bundled model: {', '.join(BUNDLED)}")
     unet: Any
-    if (folder / _PLAN).is_file():
-        unet = qdiff_fx.load(folder, backend=backend)
+    stored = next((item for item in (folder, folder / "unet") if (item / _PLAN).is_file()), None)
+    if stored is not None:
+        unet = qdiff_fx.load(stored, backend=backend)
     elif (folder / "unet" / _CONFIG).is_file():
         unet = _load_unet(folder / "unet")
     elif (folder / _CONFIG).is_file():
@@ -156,7 +163,7 @@ def open_source(name: str, *, context: Path | None = None, backend: str = "auto"
         folder=folder,
         unet=unet,
         scheduler=_load_scheduler(folder),
-        context=_load_context(contexts) if context is not None or contexts.is_file() else None,
+        context=load_context(contexts) if context is not None or contexts.is_file() else None,
     )
 
 
@@ -206,7 +213,8 @@ def _diffusers_class(config: Path) -> Any:
     return found
 
 
-def _load_context(path: Path) -> Tensor:
+def load_context(path: Path) -> Tensor:
+    """[N, T, D] contexts from a file. Raises InputError if it holds none."""
     if not path.is_file():
         raise InputError(f"--context {path}: no such file")
     try:

@@ -206,15 +206,13 @@ def test_damaged_shard_is_not_built_upon(unet: Any, tmp_path: Path) -> None:
         CalibrationSet.collect(unet, scheduler=DDIMScheduler(), path=tmp_path / "a", **SMALL)
 
 
-def test_pipeline_is_taken_with_its_scheduler_and_prompts(conditional_unet: Any) -> None:
+def test_pipeline_is_taken_with_its_scheduler(conditional_unet: Any) -> None:
     class Pipeline:
         unet = conditional_unet
         scheduler = DPMSolverMultistepScheduler()
 
-        def encode_prompt(self, prompt: list[str], **_: Any) -> tuple[torch.Tensor, torch.Tensor]:
-            return torch.ones(len(prompt), 5, 6), torch.zeros(len(prompt), 5, 6)
-
-    data = CalibrationSet.collect(Pipeline(), prompts=["a", "b"], guidance_scale=2.0, **SMALL)
+    contexts = {"encoder_hidden_states": torch.ones(2, 5, 6), "negative_encoder_hidden_states": torch.zeros(1, 5, 6)}
+    data = CalibrationSet.collect(Pipeline(), guidance_scale=2.0, **contexts, **SMALL)
     assert len(data) == 24
     assert data.metadata["scheduler"]["class"] == "DPMSolverMultistepScheduler"
     assert data.metadata["model"]["config"]["cross_attention_dim"] == 6
@@ -254,7 +252,7 @@ def test_strategies_keep_even_shares(unet: Any, strategy: str) -> None:
         ({"sample_shape": (3, 8, 8)}, InputError, r"wants \(2, H, W\)"),
         ({"sample_shape": (2, 7, 7)}, InputError, r"refused a sample \[4, 2, 7, 7\]"),
         ({"conditions": {"class_labels": torch.ones(2)}}, InputError, "class_labels"),
-        ({"prompts": ["a"]}, InputError, "has no encode_prompt"),
+        ({"prompts": ["a"]}, InputError, "takes no prompt; pass encoder_hidden_states="),
     ],
 )
 def test_bad_arguments_get_one_line_with_the_remedy(

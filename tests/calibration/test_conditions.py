@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from qdiff_fx.calibration.conditions import Conditions, draw_rows, encode_prompts, gather_conditions
+from qdiff_fx.calibration.conditions import Conditions, draw_rows, gather_conditions
 from qdiff_fx.errors import InputError
 
 CPU = torch.device("cpu")
@@ -75,29 +75,3 @@ def test_draw_uses_every_row_equally_often() -> None:
 def test_conditions_that_do_not_fit_are_refused_with_the_remedy(changes: dict[str, Any], match: str) -> None:
     with pytest.raises(InputError, match=match):
         _gather(**changes)
-
-
-class _Pipeline:
-    def encode_prompt(
-        self, *, prompt: list[str], device: torch.device, num_images_per_prompt: int, do_classifier_free_guidance: bool
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        context = torch.tensor([float(len(text)) for text in prompt]).reshape(-1, 1, 1)
-        return context, torch.zeros_like(context) if do_classifier_free_guidance else None
-
-
-def test_prompts_are_encoded_in_both_branches() -> None:
-    context, negative = encode_prompts(_Pipeline(), ["a", "bcd"], guided=True, device=CPU)
-    assert context.flatten().tolist() == [1, 3] and negative.flatten().tolist() == [0, 0]
-
-
-def test_pipelines_that_cannot_encode_prompts_say_what_to_pass() -> None:
-    class Xl:
-        def encode_prompt(self, **_: Any) -> tuple[int, ...]:
-            return (1, 2, 3, 4)
-
-    with pytest.raises(InputError, match="added_cond_kwargs"):
-        encode_prompts(Xl(), ["a"], guided=True, device=CPU)
-    with pytest.raises(InputError, match="has no encode_prompt"):
-        encode_prompts(object(), ["a"], guided=True, device=CPU)
-    with pytest.raises(InputError, match="list of one or more strings"):
-        encode_prompts(_Pipeline(), "a red coat", guided=True, device=CPU)

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
-    AutoencoderKL,
     DDIMPipeline,
     DDIMScheduler,
     DDPMPipeline,
@@ -27,12 +26,10 @@ from diffusers import (
     VQModel,
 )
 from PIL import Image
-from torch import nn
 
 import qdiff_fx
 from families import FamilyRun
-
-transformers = pytest.importorskip("transformers")
+from pipelines import stable_parts, text_encoder
 
 Chain = Callable[[str], FamilyRun]
 
@@ -40,58 +37,9 @@ PROMPT = "a boot"
 STEPS: dict[str, Any] = {"num_inference_steps": 2, "output_type": "np"}
 
 
-def _vae() -> AutoencoderKL:
-    torch.manual_seed(0)
-    return AutoencoderKL(
-        block_out_channels=(4, 4, 4, 4),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        norm_num_groups=2,
-        latent_channels=4,
-        sample_size=64,
-    ).eval()
-
-
-def _tokenizer(folder: Path) -> Any:
-    """A CLIP tokenizer whose vocabulary is letters, made here."""
-    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
-    words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    folder.mkdir()
-    (folder / "vocab.json").write_text(json.dumps({word: index for index, word in enumerate(words)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    return transformers.CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=8)
-
-
-def _text_encoder(*, projected: bool = False) -> nn.Module:
-    torch.manual_seed(0)
-    config = transformers.CLIPTextConfig(
-        vocab_size=60,
-        hidden_size=8,
-        intermediate_size=8,
-        projection_dim=8,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=8,
-        bos_token_id=52,
-        eos_token_id=53,
-    )
-    kind = transformers.CLIPTextModelWithProjection if projected else transformers.CLIPTextModel
-    encoder: nn.Module = kind(config).eval()
-    return encoder
-
-
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What every Stable Diffusion pipeline has beside its UNet."""
-    return {
-        "vae": _vae(),
-        "text_encoder": _text_encoder(),
-        "tokenizer": _tokenizer(tmp_path_factory.mktemp("clip") / "tokenizer"),
-        "scheduler": DDIMScheduler(clip_sample=False, steps_offset=1),
-        "safety_checker": None,
-        "feature_extractor": None,
-        "requires_safety_checker": False,
-    }
+    return stable_parts(tmp_path_factory.mktemp("clip"))
 
 
 def _loaded(chain: Chain, name: str) -> qdiff_fx.QuantizedUNet:
@@ -173,7 +121,7 @@ def test_stable_diffusion_xl(chain: Chain, parts: dict[str, Any]) -> None:
     pipe = StableDiffusionXLPipeline(
         unet=unet,
         **shared,
-        text_encoder_2=_text_encoder(projected=True),
+        text_encoder_2=text_encoder(projected=True),
         tokenizer_2=parts["tokenizer"],
         add_watermarker=False,
     )
