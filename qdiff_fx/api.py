@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import logging
 import math
@@ -280,6 +281,7 @@ def convert(
     if release:
         prepared.graph_module = torch.fx.GraphModule({}, torch.fx.Graph())
         prepared.qdiff_stage = "released"
+        gc.collect()  # the original module, if it was let go, may hang in the reference cycles of its capture
     context = PassContext(config=prepared.qdiff_config, signature=prepared.signature)
     run_passes(CONVERT, graph_module, context)
     plan = pruned(graph_module)

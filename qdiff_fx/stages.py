@@ -26,6 +26,7 @@ from qdiff_fx.errors import QDiffWarning
 from qdiff_fx.evaluation.quality import SqnrResult, output_sqnr
 from qdiff_fx.fake_quantize import QuantizerMode
 from qdiff_fx.graph.edit import shared_copy
+from qdiff_fx.graph.memory import row_memory, rows_within
 from qdiff_fx.identity import config_digest, digest, model_digest, run_identity, tensors_digest
 from qdiff_fx.model import PreparedUNet
 from qdiff_fx.passes.base import PassContext
@@ -104,7 +105,7 @@ def observe_and_fit(
         prepared,
         prepared.graph_module,
         data,
-        batch_size=batch_size,
+        batch_size=_rows_at_a_time(prepared, data, batch_size),
         seed=prepared.qdiff_config.seed,
         identity="" if checkpoint_dir is None else run_identity(prepared, data, batch_size),
         checkpoint_dir=checkpoint_dir,
@@ -239,10 +240,17 @@ def measure_quality(prepared: PreparedUNet, held: CalibrationSet, *, progress: b
         return call
 
     with progress_bar("quality", total=len(held), progress=progress) as bar:
-        batches = _counted(held.batches(_EVALUATION_BATCH), bar)
+        batches = _counted(held.batches(_rows_at_a_time(prepared, held, _EVALUATION_BATCH)), bar)
         result = output_sqnr(in_mode(QuantizerMode.PASS), in_mode(QuantizerMode.QUANTIZE), batches)
     prepared.set_mode(QuantizerMode.QUANTIZE)
     return result
+
+
+def _rows_at_a_time(prepared: PreparedUNet, data: CalibrationSet, wanted: int) -> int:
+    """`wanted`, or fewer rows where a forward pass of so many would not fit into memory."""
+    args, kwargs = data.gather([0])
+    memory = row_memory(prepared.graph_module, prepared.signature.flatten(args, kwargs))
+    return rows_within(memory.forward, wanted)
 
 
 def _counted(batches: Iterable[CalibrationBatch], bar: Any) -> Iterator[CalibrationBatch]:

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from qdiff_fx.errors import PatternError
 from qdiff_fx.fake_quantize import ActivationQuantizer, WeightQuantizer
-from qdiff_fx.graph.edit import LayerCall, create_call, get_tensor, layer_call, set_tensor
+from qdiff_fx.graph.edit import LayerCall, create_call, delete_tensor, get_tensor, layer_call, set_tensor
 from qdiff_fx.graph.meta import LAYER
 from qdiff_fx.kernels.reference import PACKED_BITS
 from qdiff_fx.numerics.affine import reciprocal
@@ -81,6 +81,7 @@ class ConvertLayers(RewritePass[QuantizedLayer]):
                 operands = (stored.weight, stored.scale, stored.zero_point, stored.shape, dtype)
                 weight = create_call(graph, qdiff.dequantize_weight.default, operands, like=node)
             node.update_arg(1, weight)
+            _release(graph_module, match)
             return
         codes = _quantized_input(graph_module, layer, match.input_quantizer)
         with graph.inserting_before(node):
@@ -101,6 +102,7 @@ class ConvertLayers(RewritePass[QuantizedLayer]):
                 result = create_call(graph, aten.squeeze.dim, (result, 2), like=node)
         node.replace_all_uses_with(result)
         graph.erase_node(node)
+        _release(graph_module, match)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +114,17 @@ class _StoredWeight:
     zero_point: fx.Node | None
     shift: fx.Node | None
     shape: list[int]
+
+
+def _release(graph_module: fx.GraphModule, match: QuantizedLayer) -> None:
+    """Drop the floating weight at once if nothing reads it any more: a large model has no room for both forms."""
+    call, source = match.layer.weight, match.weight_source
+    if not call.users:
+        graph_module.graph.erase_node(call)
+        if not source.users and source.op == "get_attr":
+            graph_module.graph.erase_node(source)
+            if all(node.target != source.target for node in graph_module.graph.find_nodes(op="get_attr")):
+                delete_tensor(graph_module, source.target)
 
 
 def _store_weight(graph_module: fx.GraphModule, match: QuantizedLayer, *, as_conv2d: bool) -> _StoredWeight:

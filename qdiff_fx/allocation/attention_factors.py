@@ -21,6 +21,7 @@ from qdiff_fx.allocation.probe import flat_inputs, spread_rows
 from qdiff_fx.calibration import CalibrationSet
 from qdiff_fx.fake_quantize import ActivationQuantizer, AttentionQuantizer, QuantizerMode, preserved_modes, set_mode
 from qdiff_fx.graph.edit import LayerCall, get_tensor, layer_call, set_tensor
+from qdiff_fx.graph.memory import row_memory, rows_within
 from qdiff_fx.graph.signature import CallSignature
 
 aten = torch.ops.aten
@@ -110,15 +111,32 @@ def fold_attention_factors(
 
 
 class _Recorder(fx.Interpreter):
-    """Runs the graph and looks at attentions while all values are at hand."""
+    """Runs the graph and looks at each attention while its operands are at hand."""
 
     def __init__(self, graph_module: fx.GraphModule, seen: Mapping[fx.Node, _Seen]) -> None:
-        super().__init__(graph_module, garbage_collect_values=False)
+        super().__init__(graph_module)
         self.seen = seen
+        self.shapes: dict[fx.Node, torch.Size] = {}
+        self._keep(graph_module)
+
+    def _keep(self, graph_module: fx.GraphModule) -> None:
+        """Sizes live to the end of the run, a projection's output until its attention has been looked at."""
+        until: dict[fx.Node, list[fx.Node]] = {}
+        for attention in self.seen:
+            paths = (_path_back(argument, attention) for argument in _operands(attention).values())
+            until[attention] = [path.layer.node for path in paths if path is not None]
+        waiting = {node for nodes in until.values() for node in nodes}
+        for user, nodes in self.user_to_last_uses.items():
+            self.user_to_last_uses[user] = [
+                node for node in nodes if node not in waiting and isinstance(node.meta.get("val"), Tensor)
+            ]
+        for attention, nodes in until.items():
+            self.user_to_last_uses.setdefault(attention, []).extend(dict.fromkeys(nodes))
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
         if n in self.seen:
+            self.shapes[n] = result.shape
             self._look(n, self.seen[n])
         return result
 
@@ -151,8 +169,7 @@ class _Recorder(fx.Interpreter):
 
     def columns(self, node: fx.Node, rows: Tensor, path: _Path) -> Tensor | None:
         """[C_in]: the channel of the value projection that each input channel of the output projection comes from."""
-        output: Tensor = self.env[node]
-        index = rows.unsqueeze(-2).expand(output.shape)
+        index = rows.unsqueeze(-2).expand(self.shapes[node])
         moved = self._replay(index, node, path.moves)
         by_channel = moved.movedim(path.layer.channel_axis, 0).flatten(1)
         return by_channel[:, 0] if bool((by_channel == by_channel[:, :1]).all()) else None
@@ -169,6 +186,8 @@ def _observe(
 ) -> dict[fx.Node, _Seen]:
     seen = {node: _Seen(rows={}, maxima={}, columns=None) for node in attentions}
     device = next(graph_module.parameters()).device
+    memory = row_memory(graph_module, flat_inputs(data, torch.tensor([0]), signature, device))
+    batch_size = rows_within(2 * memory.forward, batch_size)
     with preserved_modes(graph_module):
         set_mode(graph_module, QuantizerMode.PASS)
         for rows in torch.split(spread_rows(data, samples, seed), batch_size):

@@ -21,6 +21,7 @@ from qdiff_fx.calibration.progress import progress_bar
 from qdiff_fx.config import QDiffConfig
 from qdiff_fx.fake_quantize import ActivationQuantizer, QuantizerMode, WeightQuantizer, preserved_modes, set_mode
 from qdiff_fx.graph.edit import get_tensor, layer_call
+from qdiff_fx.graph.memory import row_memory, rows_within
 from qdiff_fx.graph.meta import LAYER
 from qdiff_fx.graph.signature import CallSignature
 from qdiff_fx.passes.base import PassContext
@@ -28,6 +29,9 @@ from qdiff_fx.passes.prepare.own_quantizers import GiveOwnQuantizers
 
 OWN_STEP_GAIN_DB = 0.5
 """A quantize step of a layer's own costs a pass over the tensor at run time: it must pay."""
+
+_SEARCH_COPIES = 6
+"""A layer's input rounded, its outputs, their errors: what the search holds beside the forward pass."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,9 +74,9 @@ def choose_channel_factors(
     """Try every candidate on every quantized layer input and keep the best; "off" wins ties.
 
     Candidates are judged by the relative output error of the layers that read the tensor, with input and weight
-    quantized, on `samples` rows evenly over the timesteps. Quantizers must be fitted; winners are fitted anew. Layers
-    that share a tensor share its factor, but for those whose error falls by more than `OWN_STEP_GAIN_DB` with a
-    quantize step of their own.
+    quantized, on `samples` rows evenly over the timesteps (fewer where so many would not fit into memory). Quantizers
+    must be fitted; winners are fitted anew. Layers that share a tensor share its factor, but for those whose error
+    falls by more than `OWN_STEP_GAIN_DB` with a quantize step of their own.
 
     Args:
       shifts: also try candidates with channel shifts at 4-bit weights.
@@ -105,6 +109,8 @@ def choose_channel_factors(
 
         probe = Probe(graph_module, on_weight=on_weight, on_input=on_input)
         device = next((item.weight.device for group in readers.values() for item in group), torch.device("cpu"))
+        memory = row_memory(graph_module, flat_inputs(data, torch.tensor([0]), signature, device))
+        samples = rows_within(memory.forward + _SEARCH_COPIES * memory.largest, samples)
         inputs = flat_inputs(data, spread_rows(data, samples, seed), signature, device)
         with preserved_modes(graph_module), torch.no_grad():
             set_mode(graph_module, QuantizerMode.PASS)

@@ -13,6 +13,7 @@ from qdiff_fx.allocation.units import WeightUnit, weight_units
 from qdiff_fx.calibration import CalibrationSet
 from qdiff_fx.calibration.progress import progress_bar
 from qdiff_fx.fake_quantize import ActivationQuantizer, QuantizerMode, WeightQuantizer, preserved_modes, set_mode
+from qdiff_fx.graph.memory import row_memory, rows_within
 from qdiff_fx.graph.signature import CallSignature
 from qdiff_fx.numerics.spec import weight_spec
 
@@ -52,20 +53,30 @@ def estimate_errors(
     Args:
       weight_bits: widths to predict beside each weight's own.
       samples: rows, evenly over the timesteps.
-      batch_size: rows a backward pass; each gives one draw for every weight.
+      batch_size: rows a backward pass, fewer where so many would not fit; each pass gives one draw for every weight.
     """
     units = weight_units(graph_module)
-    deltas = {unit.target: _weight_errors(unit, weight_bits) for unit in units}
-    weights = {unit.target: dict.fromkeys(deltas[unit.target], 0.0) for unit in units}
-    factored = [unit for unit in units if unit.quantizer.channel_factor is not None]
-    plain_deltas = {unit.target: error_at(unit, unit.quantizer.spec.bits, keep_factor=False) for unit in factored}
-    without_factor = dict.fromkeys(plain_deltas, 0.0)
+    candidates = {unit.target: _candidates(unit, weight_bits) for unit in units}
+    weights = {unit.target: dict.fromkeys(candidates[unit.target].at, 0.0) for unit in units}
+    without_factor = {target: 0.0 for target, item in candidates.items() if item.plain is not None}
     inputs: dict[str, float] = {}
-    leaves: dict[str, Tensor] = {}
+    products: dict[tuple[str, int | None], float] = {}
 
     def on_weight(target: str, quantizer: WeightQuantizer, weight: Tensor) -> Tensor:
-        leaves[target] = weight.detach().clone().requires_grad_(True)
-        return leaves[target]
+        leaf = weight.detach().requires_grad_(True)
+        value = weight.detach()
+
+        def take(accumulated: Tensor) -> None:
+            # Layer by layer: neither the gradients nor the errors of all weights fit into memory beside a large model.
+            gradient, accumulated.grad = accumulated.grad, None
+            assert gradient is not None
+            with torch.no_grad():
+                for key, item in candidates[target].quantizers():
+                    product = float((gradient.double() * (item.quantized(value).double() - value.double())).sum())
+                    products[target, key] = products.get((target, key), 0.0) + product
+
+        leaf.register_post_accumulate_grad_hook(take)  # type: ignore[no-untyped-call]
+        return leaf
 
     def on_input(target: str, quantizer: ActivationQuantizer, x: Tensor) -> Tensor:
         inputs.setdefault(target, 0.0)
@@ -86,6 +97,8 @@ def estimate_errors(
     rows = spread_rows(data, samples, seed)
     rows = rows[torch.randperm(len(rows), generator=generator)]
     device = units[0].weight.device if units else torch.device("cpu")
+    memory = row_memory(graph_module, flat_inputs(data, rows[:1], signature, device))
+    batch_size = rows_within(memory.saved + memory.forward, batch_size)
     with preserved_modes(graph_module):
         set_mode(graph_module, QuantizerMode.PASS)
         for module in graph_module.modules():
@@ -100,14 +113,12 @@ def estimate_errors(
                     cotangent = torch.randn(output.shape, generator=generator).to(output)
                     cotangent /= energy.sqrt().to(output).reshape(-1, *[1] * (output.ndim - 1))
                     output.backward(cotangent)
-                for target, leaf in leaves.items():
-                    gradient = leaf.grad
-                    if gradient is not None:
-                        for bits, delta in deltas[target].items():
-                            weights[target][bits] += float((gradient.double() * delta).sum()) ** 2
-                        if target in plain_deltas:
-                            without_factor[target] += float((gradient.double() * plain_deltas[target]).sum()) ** 2
-                leaves.clear()
+                for (target, bits), product in products.items():
+                    if bits is None:
+                        without_factor[target] += product**2
+                    else:
+                        weights[target][bits] += product**2
+                products.clear()
                 bar.update(1)
     count = max(1, len(rows))
     return ErrorEstimate(
@@ -117,19 +128,37 @@ def estimate_errors(
     )
 
 
-def _weight_errors(unit: WeightUnit, widths: tuple[int, ...]) -> dict[int, Tensor]:
-    """What rounding the weight changes, at its own width and at `widths`."""
+@dataclass(frozen=True, kw_only=True)
+class _Candidates:
+    """Fitted quantizers of one weight: at every width that is asked about, and at its own without channel factor."""
+
+    at: Mapping[int, WeightQuantizer]
+    plain: WeightQuantizer | None
+
+    def quantizers(self) -> list[tuple[int | None, WeightQuantizer]]:
+        return [*self.at.items(), *([] if self.plain is None else [(None, self.plain)])]
+
+
+def _candidates(unit: WeightUnit, widths: tuple[int, ...]) -> _Candidates:
     own = unit.quantizer.spec.bits
-    return {bits: error_at(unit, bits) for bits in dict.fromkeys((own, *widths))}
+    return _Candidates(
+        at={bits: _fitted(unit, bits) for bits in dict.fromkeys((own, *widths))},
+        plain=None if unit.quantizer.channel_factor is None else _fitted(unit, own, keep_factor=False),
+    )
+
+
+def _fitted(unit: WeightUnit, bits: int, *, keep_factor: bool = True) -> WeightQuantizer:
+    """A quantizer of the weight at this width; the unit's own, unchanged, where it is that."""
+    if bits == unit.quantizer.spec.bits and keep_factor:
+        return unit.quantizer
+    quantizer = unit.quantizer.unfitted(weight_spec(bits))
+    quantizer.channel_factor = unit.quantizer.channel_factor if keep_factor else None
+    quantizer.fit(unit.weight)
+    return quantizer
 
 
 @torch.no_grad()
 def error_at(unit: WeightUnit, bits: int, *, keep_factor: bool = True) -> Tensor:
     """fake_quantize(W) - W at this width, in float64; the unit's own quantizer is not changed."""
-    quantizer = unit.quantizer
-    if bits != quantizer.spec.bits or not keep_factor:
-        quantizer = quantizer.unfitted(weight_spec(bits))
-        quantizer.channel_factor = unit.quantizer.channel_factor if keep_factor else None
-        quantizer.fit(unit.weight)
     weight = unit.weight.detach()
-    return quantizer.quantized(weight).double() - weight.double()
+    return _fitted(unit, bits, keep_factor=keep_factor).quantized(weight).double() - weight.double()

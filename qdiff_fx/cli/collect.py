@@ -16,6 +16,7 @@ def add_collect_arguments(parser: OneLineParser) -> None:
     parser.add_argument("--steps", type=positive, default=100, help="sampling steps of a trajectory (100)")
     parser.add_argument("--timesteps", type=positive, default=20, help="steps that are kept (20)")
     parser.add_argument("--samples", type=positive, default=64, help="inputs kept at each of them (64)")
+    parser.add_argument("--batch-size", type=positive, default=32, help="trajectories run at a time (32)")
     parser.add_argument("--strategy", choices=tuple(STRATEGIES), default="uniform", help="which steps (uniform)")
     parser.add_argument("--seed", type=int, default=0, help="of the noise (0)")
 
@@ -44,6 +45,7 @@ def run(arguments: Namespace) -> None:
         num_inference_steps=arguments.steps,
         num_timesteps=arguments.timesteps,
         samples_per_timestep=arguments.samples,
+        batch_size=arguments.batch_size,
         strategy=arguments.strategy,
         seed=arguments.seed,
         path=arguments.out,

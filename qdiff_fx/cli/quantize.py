@@ -104,6 +104,7 @@ def _build(
         scheduler=source.scheduler,
     )
     inspection = inspect_prepared(prepared)
+    source.unet.to("meta")  # nothing reads it any more: its weights go as they are packed
     quantized = qdiff_fx.convert(prepared, release=True)
     qdiff_fx.save(quantized, folder)
     copy_sampling_files(source, folder)
@@ -150,6 +151,7 @@ def _data(source: Source, arguments: Namespace, work: Path) -> CalibrationSet:
         num_inference_steps=arguments.steps,
         num_timesteps=arguments.timesteps,
         samples_per_timestep=arguments.samples,
+        batch_size=arguments.batch_size,
         strategy=arguments.strategy,
         seed=arguments.seed,
         path=work / _DATA,

@@ -117,6 +117,12 @@ def set_tensor(graph_module: nn.Module, target: str, value: Tensor, *, persisten
         parent.register_buffer(name, value, persistent=persistent)
 
 
+def delete_tensor(graph_module: nn.Module, target: Any) -> None:
+    """Take the parameter or buffer of this dotted name out of its module."""
+    path, _, name = str(target).rpartition(".")
+    delattr(graph_module.get_submodule(path), name)
+
+
 def add_module(graph_module: fx.GraphModule, name: str, module: nn.Module) -> str:
     """Register `module` under a free name made from `name`; returns the name."""
     candidate, count = name, 1
