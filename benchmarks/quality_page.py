@@ -12,7 +12,7 @@ from qdiff_fx.report.plots import COLOURS, plot_error_growth
 from qdiff_fx.safe_io import write_bytes, write_json
 
 PLOT = "images/reconstruction-error-growth.png"
-CHAIN = ("RTN MSE", "split", "layer AdaRound", "block AdaRound", "LSQ")
+CHAIN = ("RTN min-max", "RTN MSE", "split", "layer AdaRound", "block AdaRound", "LSQ")
 TOLERATED_LOSS_DB = 0.1
 YARDSTICKS = {"pooled_db": "pooled", "median_db": "median", "endpoint_db": "end point"}
 

@@ -64,9 +64,16 @@ def rounding_grid(
     return RoundingGrid(torch.clamp(floor, lowest, highest) * step, step * inside, steps - floor)
 
 
-def soft_rounding(variable: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
-    """h(V) = clip(sigmoid(V) (zeta - gamma) + gamma, 0, 1): 0 rounds down, 1 up (equation 23)."""
-    return torch.clamp(torch.sigmoid(variable) * (ZETA - GAMMA) + GAMMA, 0.0, 1.0)
+def soft_rounding(variable: Float[Tensor, "*n"], *, out: Float[Tensor, "*n"] | None = None) -> Float[Tensor, "*n"]:
+    """h(V) = clip(sigmoid(V) (zeta - gamma) + gamma, 0, 1): 0 rounds down, 1 up (equation 23).
+
+    Args:
+      variable: V.
+      out: where the result goes; without gradient then. Fresh memory costs more than the arithmetic.
+    """
+    if out is None:
+        return torch.clamp(torch.sigmoid(variable) * (ZETA - GAMMA) + GAMMA, 0.0, 1.0)
+    return torch.sigmoid(variable, out=out).mul_(ZETA - GAMMA).add_(GAMMA).clamp_(0.0, 1.0)
 
 
 def initial_variable(fraction: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
@@ -95,6 +102,7 @@ def rounding_gradient(
     *,
     regularization: float,
     beta: float | None,
+    workspace: Float[Tensor, "3 n"] | None = None,
 ) -> Float[Tensor, " n"]:
     """d/dV of loss(low + h(V) * gap) + regularization * rounding_penalty(h(V), beta), in closed form.
 
@@ -106,16 +114,20 @@ def rounding_gradient(
       gap: of `RoundingGrid`.
       regularization: weight of the penalty.
       beta: exponent of the penalty; None where there is none yet.
+      workspace: memory that is used again from step to step; its first row is what is returned.
     """
-    sigmoid = torch.sigmoid(variable)
+    gradient, centred, slope = torch.stack([variable] * 3) if workspace is None else workspace
+    torch.sigmoid(variable, out=slope)
     # 2 h - 1 before clamping; h is clamped, and has no gradient, where this leaves [-1, 1].
-    centred = sigmoid * (2.0 * (ZETA - GAMMA)) + (2.0 * GAMMA - 1.0)
-    gradient = weight_gradient * gap
+    torch.mul(slope, 2.0 * (ZETA - GAMMA), out=centred).add_(2.0 * GAMMA - 1.0)
+    # (zeta - gamma) sigmoid (1 - sigmoid), from the square of its distance to the middle.
+    slope.sub_(0.5).square_().neg_().add_(0.25).mul_(ZETA - GAMMA)
+    slope.mul_(centred.abs() <= 1.0)
+    torch.mul(weight_gradient, gap, out=gradient)
     if beta is not None:
         magnitude = centred.abs().pow_(beta - 1.0)
         gradient.sub_(magnitude.copysign_(centred), alpha=2.0 * beta * regularization)
-    slope = sigmoid.mul_(1.0 - sigmoid).mul_(ZETA - GAMMA)
-    return gradient.mul_(slope).masked_fill_(centred.abs_() > 1.0, 0.0)
+    return gradient.mul_(slope)
 
 
 def annealed_beta(progress: float, *, warmup: float, start: float, end: float) -> float | None:

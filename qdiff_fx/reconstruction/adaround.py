@@ -42,12 +42,14 @@ class BlockRounding:
         self.gap = torch.cat([grid.gap.reshape(-1) for grid in grids])
         self.variable = initial_variable(torch.cat([grid.fraction.reshape(-1) for grid in grids]))
         self.free = self.gap != 0
+        self._flat, self._weight_gradient = torch.empty_like(self.gap), torch.empty_like(self.gap)
+        self._workspace = torch.empty(3, len(self.gap), device=self.gap.device)
 
     @torch.no_grad()
     def soft_weights(self) -> list[Tensor]:
-        """The weights between their neighbours on the grid: leaves that want a gradient."""
-        flat = torch.addcmul(self.low, soft_rounding(self.variable), self.gap)
-        parts = torch.split(flat, self.sizes)
+        """The weights between their neighbours on the grid: leaves that want a gradient, good for one step."""
+        rounding = soft_rounding(self.variable, out=self._workspace[0])
+        parts = torch.split(torch.addcmul(self.low, rounding, self.gap, out=self._flat), self.sizes)
         return [
             part.view(item.weight.shape).to(item.weight.dtype).requires_grad_()
             for part, item in zip(parts, self.weights, strict=True)
@@ -56,8 +58,15 @@ class BlockRounding:
     @torch.no_grad()
     def set_gradient(self, weight_gradients: Sequence[Tensor], regularization: float, beta: float | None) -> None:
         """Give the variables the gradient of loss and penalty, from those of the weights; see `rounding_gradient`."""
-        flat = torch.cat([gradient.reshape(-1).to(torch.float32) for gradient in weight_gradients])
-        self.variable.grad = rounding_gradient(self.variable, flat, self.gap, regularization=regularization, beta=beta)
+        flat = [gradient.reshape(-1).to(torch.float32) for gradient in weight_gradients]
+        self.variable.grad = rounding_gradient(
+            self.variable,
+            torch.cat(flat, out=self._weight_gradient),
+            self.gap,
+            regularization=regularization,
+            beta=beta,
+            workspace=self._workspace,
+        )
 
     @torch.no_grad()
     def binary(self) -> bool:
