@@ -3,13 +3,14 @@
     python benchmarks/cuda_kernels.py --out docs/results-cuda-kernels.json
 
 Each block shape that lowering may choose is compiled with each variant of weights and epilogue. A kernel that spills
-registers, or whose PTX lacks the int8 tensor-core instruction of its generation, makes the command fail. The table is
-written beside the JSON as .md.
+registers, or whose PTX lacks the int8 tensor-core instruction of its generation, makes the command fail. Rows of
+architectures that are not named are kept; the table is written beside the JSON as .md.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -57,6 +58,10 @@ def main() -> None:
     arguments = parser.parse_args()
     chosen = [key for key, gpu in GPUS.items() if gpu.architecture in (arguments.architectures or [gpu.architecture])]
     rows = list(tqdm(_compiled(chosen), desc="compiling", unit="kernels", disable=None))
+    names = [GPUS[key].architecture for key in chosen]
+    before = json.loads(arguments.out.read_text())["rows"] if arguments.out.exists() else []
+    kept = [row for row in before if row["architecture"] not in names]
+    rows = sorted((*kept, *rows), key=lambda row: int(row["architecture"].removeprefix("sm_")))
     results = {"triton": triton.__version__, "torch": torch.__version__, "rows": rows}
     write_json(arguments.out, results)
     write_bytes(arguments.out.with_suffix(".md"), table(results).encode())

@@ -15,9 +15,9 @@ from torch import Tensor, fx
 
 from qdiff_fx.checkpoint import DEFAULT_SHARD_BYTES, StoredModel, read_model, write_model
 from qdiff_fx.config import QDiffConfig
-from qdiff_fx.errors import BackendError, InputError, NonFiniteError
+from qdiff_fx.errors import BackendError, InputError
 from qdiff_fx.fake_quantize import NoiseLevel, QuantizerMode, set_mode
-from qdiff_fx.graph.finite import first_non_finite, is_finite
+from qdiff_fx.graph.finite import FiniteRun
 from qdiff_fx.graph.outputs import OutputStructure
 from qdiff_fx.graph.signature import CallSignature
 from qdiff_fx.graph.skeleton import build_skeleton, output_class, readable
@@ -234,16 +234,8 @@ class QuantizedUNet(GraphUNet):
         self._lower()
 
     def run(self, inputs: tuple[Tensor, ...]) -> Any:
-        result = self._step(inputs)
-        if self._guarded and not is_finite(result):
-            culprit = first_non_finite(self.lowered, inputs)
-            raise NonFiniteError(
-                f"{culprit or 'the compiled step alone'} is the first to make NaN or infinity on backend "
-                f"{self.backend!r}; if its inputs are sane, convert with dtype=torch.bfloat16 or torch.float32"
-            )
-        return result
-
-    def _step(self, inputs: tuple[Tensor, ...]) -> Any:
+        if self._guarded:
+            return FiniteRun(self.lowered).run(*inputs)
         if self._compiled is None:
             return self.lowered(*inputs)
         # Marks are kept on the tensor object: on the caller's own they would bind every other compiled model.
@@ -265,9 +257,9 @@ class QuantizedUNet(GraphUNet):
         return self
 
     def check_finite(self, enabled: bool = True) -> Self:
-        """Raise NonFiniteError, naming the first layer at fault, for results with NaN or infinity; returns itself.
+        """Raise NonFiniteError, naming the first layer that makes NaN or infinity; returns itself.
 
-        Off by default: it waits for the device once a step, and runs a failing step again layer by layer.
+        Off by default, and for finding out: it waits for the device after every layer and leaves compiled code aside.
         """
         self._guarded = enabled
         return self

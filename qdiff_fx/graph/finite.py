@@ -1,43 +1,38 @@
-"""Which node of a graph first makes NaN or infinity of finite values."""
+"""Run a graph and stop at the first layer that makes NaN or infinity."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from qdiff_fx.graph.meta import ATTENTION, LAYER, MODULE_PATH
+from qdiff_fx.errors import NonFiniteError
+from qdiff_fx.graph.meta import ATTENTION, LAYER
 
 
-def is_finite(result: Any) -> bool:
-    """Whether every floating tensor in a nest of tuples and lists is finite; waits for the device."""
-    if isinstance(result, (list, tuple)):
-        return all(is_finite(item) for item in result)
-    return not isinstance(result, Tensor) or not result.is_floating_point() or bool(torch.isfinite(result).all())
+class FiniteRun(fx.Interpreter):
+    """Runs a graph node by node; layers, attentions and the graph's outputs must be finite.
 
+    Every result is looked at, since integer codes swallow what they cannot hold: infinity saturates, NaN becomes some
+    code. Waits for the device after each layer.
 
-def first_non_finite(graph_module: fx.GraphModule, inputs: Sequence[Tensor]) -> str | None:
-    """The first node whose result is not finite, by its layer's name where it has one; None if all are.
-
-    A masked score of minus infinity counts too, so ask only where the graph's outputs are not finite.
+    Raises: NonFiniteError naming the first layer at fault.
     """
-    finder = _Finder(graph_module)
-    with torch.no_grad():
-        finder.run(*inputs)
-    return finder.found
-
-
-class _Finder(fx.Interpreter):
-    def __init__(self, graph_module: fx.GraphModule) -> None:
-        super().__init__(graph_module)
-        self.found: str | None = None
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
-        if self.found is None and n.op != "output" and not is_finite(result):
-            layer, attention = LAYER.get(n), ATTENTION.get(n)
-            name = layer.name if layer else attention.name if attention else MODULE_PATH.get(n)
-            self.found = f"{name} ({n.name})" if name else n.name
+        layer, attention = LAYER.get(n), ATTENTION.get(n)
+        if (layer or attention or n.op == "output") and not _is_finite(result):
+            name = layer.name if layer else attention.name if attention else "the output"
+            raise NonFiniteError(
+                f"{name} (node {n.name}) is the first to make NaN or infinity; check the inputs of the call, "
+                f"or convert with dtype=torch.bfloat16 or torch.float32"
+            )
         return result
+
+
+def _is_finite(result: Any) -> bool:
+    if isinstance(result, (list, tuple)):
+        return all(_is_finite(item) for item in result)
+    return not isinstance(result, Tensor) or not result.is_floating_point() or bool(torch.isfinite(result).all())

@@ -110,8 +110,16 @@ _HOPPER_PACKED = _tiles(
     (128, 128, 32, 8, 4),
     (128, 128, 64, 8, 3),
     (128, 64, 32, 4, 4),
-    (64, 128, 64, 4, 3),
+    (64, 128, 32, 4, 4),
     (64, 64, 64, 4, 3),
+)
+# tcgen05 leaves accumulators in its own memory, and everything else that a large epilogue holds in registers.
+_BLACKWELL = _tiles(
+    (128, 128, 64, 8, 4),
+    (128, 64, 64, 8, 4),
+    (64, 128, 64, 4, 4),
+    (64, 64, 128, 4, 3),
+    (64, 32, 128, 4, 3),
 )
 
 TILES: Mapping[Capability, Mapping[bool, tuple[Tile, ...]]] = {
@@ -119,7 +127,7 @@ TILES: Mapping[Capability, Mapping[bool, tuple[Tile, ...]]] = {
     (8, 6): {False: _AMPERE, True: _AMPERE_PACKED},
     (8, 9): {False: _AMPERE, True: _AMPERE_PACKED},
     (9, 0): {False: _HOPPER, True: _HOPPER_PACKED},
-    (10, 0): {False: _HOPPER, True: _HOPPER_PACKED},
+    (10, 0): {False: _BLACKWELL, True: _HOPPER_PACKED},
 }
 """By capability, then by whether weights are packed."""
 
@@ -132,9 +140,8 @@ def interpreter_tile(product: Product) -> Tile:
 
 
 ATTENTION_TILES: Mapping[int, tuple[int, int, int, int]] = {
-    32: (128, 64, 4, 3),
-    64: (128, 64, 4, 3),
-    128: (128, 64, 8, 3),
+    64: (64, 64, 4, 3),
+    128: (64, 64, 8, 3),
     256: (64, 64, 8, 2),
 }
 """Queries, keys, warps and stages of the attention kernel, by elements of a head that it holds."""
