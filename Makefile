@@ -46,14 +46,17 @@ format: $(INSTALLED)
 install: $(INSTALLED)
 
 # torch goes first, alone: it brings setuptools, so that the editable build needs no environment of its own
-# and every version in use, the build's included, is one that constraints.txt pins.
+# and every version in use, the build's included, is one that constraints.txt pins. Only triton is the one that a CUDA
+# build of torch asks for, where it brings one.
 $(INSTALLED): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "no python3 on PATH: install Python 3.11 or newer, or set PYTHON=" >&2; exit 2; }
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "$(PYTHON) is older than Python 3.11: set PYTHON= to a newer one" >&2; exit 2; }
 	"$(PYTHON)" -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch setuptools
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[report,eval,dev]'
+	sed '/^triton==/d' constraints.txt > .venv/constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c .venv/constraints.txt torch setuptools
+	@$(BIN)/python -c 'import triton' 2>/dev/null || cp constraints.txt .venv/constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c .venv/constraints.txt --no-build-isolation -e '.[report,eval,dev]'
 	touch $@
 
 clean:
