@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -87,7 +89,7 @@ def capture(
     wrapper = _FlatCall(module, signature, forced or {}, outputs.append).eval()
     dynamic = tuple(_dynamic_dimensions(tuple(value.shape), batch) for value in values)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _unmoved(module):
             program = torch.export.export(wrapper, values, dynamic_shapes=(dynamic,), strict=False)
     except Exception as error:  # torch.export raises many unrelated types; the reason is kept and chained
         reason = next((line for line in str(error).strip().splitlines() if line.strip()), type(error).__name__)
@@ -98,6 +100,27 @@ def capture(
     mark_fixed_dtypes(graph_module.graph, signature.timestep)
     signature = _with_dynamic_shapes(graph_module, signature)
     return CapturedGraph(graph_module=graph_module, signature=signature, output=outputs[-1])
+
+
+@contextmanager
+def _unmoved(module: nn.Module) -> Iterator[None]:
+    """`.to()` and `.cpu()` do nothing inside the block: offloading hooks would move what are fake tensors there."""
+    children = list(module.modules())
+    own: list[dict[str, Any]] = [
+        {name: child.__dict__[name] for name in ("to", "cpu") if name in child.__dict__} for child in children
+    ]
+    for child in children:
+        child.__dict__["to"] = child.__dict__["cpu"] = partial(_itself, child)
+    try:
+        yield
+    finally:
+        for child, before in zip(children, own, strict=True):
+            del child.__dict__["to"], child.__dict__["cpu"]
+            child.__dict__.update(before)
+
+
+def _itself(module: nn.Module, *_args: Any, **_options: Any) -> nn.Module:
+    return module
 
 
 def _dynamic_dimensions(shape: tuple[int, ...], batch: int | None) -> dict[int, Any]:
