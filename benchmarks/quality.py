@@ -128,7 +128,12 @@ class Bench:
     """
 
     def __init__(self, work: Path) -> None:
-        self.work, self.pipe = work, load_unconditional()
+        self.work = work
+
+    @cached_property
+    def pipe(self) -> Any:
+        """The bundled model with its scheduler."""
+        return load_unconditional()
 
     def path(self, name: str) -> Path:
         """Of a finished cell."""
