@@ -116,7 +116,8 @@ def rounding_gradient(
       beta: exponent of the penalty; None where there is none yet.
       workspace: memory that is used again from step to step; its first row is what is returned.
     """
-    gradient, centred, slope = torch.stack([variable] * 3) if workspace is None else workspace
+    space = torch.stack([variable] * 3) if workspace is None else workspace
+    gradient, centred, slope = space.unbind()
     torch.sigmoid(variable, out=slope)
     # 2 h - 1 before clamping; h is clamped, and has no gradient, where this leaves [-1, 1].
     torch.mul(slope, 2.0 * (ZETA - GAMMA), out=centred).add_(2.0 * GAMMA - 1.0)
@@ -127,7 +128,8 @@ def rounding_gradient(
     if beta is not None:
         magnitude = centred.abs().pow_(beta - 1.0)
         gradient.sub_(magnitude.copysign_(centred), alpha=2.0 * beta * regularization)
-    return gradient.mul_(slope)
+    result: Tensor = gradient.mul_(slope)
+    return result
 
 
 def annealed_beta(progress: float, *, warmup: float, start: float, end: float) -> float | None:
