@@ -154,7 +154,7 @@ def test_bad_input_gets_one_line_with_the_remedy(
     no_vae = tmp_path / "no-vae"
     no_vae.mkdir()
     (no_vae / "model_index.json").write_text((folders["sd"] / "model_index.json").read_text())
-    sd, ddim, out = str(folders["sd"]), str(folders["ddim"]), ["--out", str(tmp_path / "out")]
+    sd, ddim, out = str(folders["sd"]), str(folders["ddim"]), ["--out", str(tmp_path / "out.png")]
     cases = {
         "makes pictures from prompts; pass --prompts FILE": ["quantize", sd],
         "holds no prompt; want one a line": ["quantize", sd, "--prompts", str(tmp_path / "empty.txt")],
@@ -169,7 +169,7 @@ def test_bad_input_gets_one_line_with_the_remedy(
     }
     for expected, arguments in cases.items():
         assert expected in _error_line(capsys, *arguments, *out)
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out.png").exists()
 
 
 def test_a_pipeline_is_not_written_over_itself(
