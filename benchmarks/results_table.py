@@ -32,8 +32,15 @@ def main() -> None:
     pictures = "\n".join(
         f"![{name.replace('_', ' ')}](images/demo-{run['pictures'][name]})" for name in PICTURES if name != "samples"
     )
-    page = f"# Results of `qdiff-fx demo`\n\n{results_markdown(run)}\n\n{shortcuts_markdown(run)}\n\n{pictures}\n"
-    write_bytes(ROOT / "docs" / "results.md", page.encode())
+    parts = ("# Results of `qdiff-fx demo`", results_markdown(run), shortcuts_markdown(run), pictures, more())
+    write_bytes(ROOT / "docs" / "results.md", ("\n\n".join(parts) + "\n").encode())
+
+
+def more() -> str:
+    """Links to the pages of the other benchmarks, by their titles."""
+    pages = sorted((ROOT / "docs").glob("results-*.md"))
+    links = [f"- [{page.read_text().partition(chr(10))[0].removeprefix('# ')}]({page.name})" for page in pages]
+    return "\n".join(["## Other results", "", *links])
 
 
 if __name__ == "__main__":
