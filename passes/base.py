@@ -24,12 +24,14 @@ class PassContext:
       signature: names of the graph's inputs and which of them is the noisy sample.
       noise_level: shared with every quantizer, so that ranges are kept by timestep.
       strict: keep what the plan says in every node, simulated where there is no kernel.
+      separate: let every layer's result be seen in the graph, as no kernel that goes on with it does.
     """
 
     config: QDiffConfig
     signature: CallSignature
     noise_level: NoiseLevel = field(default_factory=NoiseLevel)
     strict: bool = False
+    separate: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -86,14 +86,24 @@ class LoweringReport:
 
 
 def lower(
-    plan: fx.GraphModule, backend: str, signature: CallSignature, *, strict: bool = False
+    plan: fx.GraphModule,
+    backend: str,
+    signature: CallSignature,
+    *,
+    strict: bool = False,
+    separate: bool = False,
 ) -> tuple[fx.GraphModule, LoweringReport]:
-    """The plan rewritten to `backend`'s kernels, sharing its tensors, and what runs where."""
+    """The plan rewritten to `backend`'s kernels, sharing its tensors, and what runs where.
+
+    Args:
+      strict, separate: see `PassContext`.
+    """
     lowered = shared_copy(plan)
     reported = [node for node in lowered.graph.nodes if node.target in _LAYERS]
     for node in reported:
         STORED.set(node, _stored(lowered, node))
-    run_passes(LOWER[backend], lowered, PassContext(config=QDiffConfig(), signature=signature, strict=strict))
+    context = PassContext(config=QDiffConfig(), signature=signature, strict=strict, separate=separate)
+    run_passes(LOWER[backend], lowered, context)
     return lowered, LoweringReport(
         backend=backend, rows=tuple(_rows(lowered)), extra_quantize_steps=_extra_quantize_steps(plan)
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -180,6 +181,7 @@ class QuantizedUNet(GraphUNet):
 
     qdiff_stage = "quantized"
     lowered: fx.GraphModule
+    _separate: fx.GraphModule | None
 
     def __init__(
         self,
@@ -198,7 +200,7 @@ class QuantizedUNet(GraphUNet):
         self.requested_backend, self.strict = backend, strict
         self.calibration = dict(calibration or {})
         self._compiled: Callable[..., Any] | None = None
-        self._guarded = False
+        self.__dict__["_separate"] = None
         self._placement = super().device
         self.eval()
         self._lower()
@@ -225,7 +227,7 @@ class QuantizedUNet(GraphUNet):
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {**self.__dict__, "lowered": None, "_compiled": None}
+        state = {**self.__dict__, "lowered": None, "_compiled": None, "_separate": None}
         state.pop("_original", None)
         return state
 
@@ -234,8 +236,8 @@ class QuantizedUNet(GraphUNet):
         self._lower()
 
     def run(self, inputs: tuple[Tensor, ...]) -> Any:
-        if self._guarded:
-            return FiniteRun(self.lowered).run(*inputs)
+        if self._separate is not None:
+            return FiniteRun(self._separate).run(*inputs)
         if self._compiled is None:
             return self.lowered(*inputs)
         # Marks are kept on the tensor object: on the caller's own they would bind every other compiled model.
@@ -259,9 +261,13 @@ class QuantizedUNet(GraphUNet):
     def check_finite(self, enabled: bool = True) -> Self:
         """Raise NonFiniteError, naming the first layer that makes NaN or infinity; returns itself.
 
-        Off by default, and for finding out: it waits for the device after every layer and leaves compiled code aside.
+        Off by default, and for finding out: it lowers the plan once more, so that every layer's result is seen, leaves
+        compiled code aside and waits for the device after each layer.
         """
-        self._guarded = enabled
+        self.__dict__["_separate"] = None
+        if enabled:
+            plan = copy.deepcopy(self.plan).to(self.device)
+            self.__dict__["_separate"], _ = lower(plan, self.backend, self.signature, strict=self.strict, separate=True)
         return self
 
     def lowering_report(self) -> LoweringReport:
@@ -274,6 +280,7 @@ class QuantizedUNet(GraphUNet):
         # Scales stay float32 under a cast to the carrier type.
         super()._apply(lambda tensor: fn(tensor).to(tensor.dtype), recurse)  # type: ignore[no-untyped-call]
         if moves:
+            self.__dict__["_separate"] = None
             self._placement = fn(torch.empty(0, device=self.device)).device
             self._compiled = None
             set_device(self.plan.graph, self.device)

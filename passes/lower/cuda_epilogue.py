@@ -39,8 +39,9 @@ class FuseCudaEpilogues(RewritePass[EpilogueStep]):
     Each rounds to the carrier type once less than the plan. A layer's own steps come in the kernel's order: embedding,
     residual, SiLU, quantize.
 
-    Left alone: results that anything else reads; steps out of that order; sums that broadcast in another way, have
-    another dtype or scale an operand; a second addition of a kind, unless the other addend is a layer that can take it.
+    Left alone: everything where every result must be seen; results that anything else reads; steps out of that order;
+    sums that broadcast in another way, have another dtype or scale an operand; a second addition of a kind, unless the
+    other addend is a layer that can take it.
     """
 
     def pattern(self, node: fx.Node, graph_module: fx.GraphModule, context: PassContext) -> EpilogueStep | None:
@@ -62,6 +63,9 @@ class FuseCudaEpilogues(RewritePass[EpilogueStep]):
             if _open(layer, _EMBEDDING) and vector is not None and layer.target is _TARGETS[0]:
                 return EpilogueStep(node=node, layer=layer, kind="embedding", operand=vector)
         return None
+
+    def check(self, match: EpilogueStep, graph_module: fx.GraphModule, context: PassContext) -> str | None:
+        return "every layer's result is asked for" if context.separate else None
 
     def rewrite(self, match: EpilogueStep, graph_module: fx.GraphModule, context: PassContext) -> None:
         graph, layer, node = graph_module.graph, match.layer, match.node

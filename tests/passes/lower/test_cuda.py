@@ -163,8 +163,9 @@ def test_a_changed_batch_and_size_compile_nothing_anew(model: qdiff_fx.Quantized
 def test_the_guard_names_the_first_layer_that_overflows(model: qdiff_fx.QuantizedUNet) -> None:
     broken = copy.deepcopy(model)
     sample, timestep = sketch_inputs()
-    node = next(node for node in broken.lowered.graph.nodes if str(node.target) == "qdiff.cuda_conv2d.default")
-    get_tensor(broken.lowered, node.args[6].target).fill_(torch.inf)  # its bias
+    node = next(node for node in broken.plan.graph.nodes if str(node.target) == "qdiff.conv2d.default")
+    get_tensor(broken.plan, node.args[5].target).data.fill_(torch.inf)  # its bias
+    broken = copy.deepcopy(broken)  # lowered again
     assert torch.isfinite(broken(sample, timestep)).all(), "codes swallow it"
     with pytest.raises(NonFiniteError, match=r"wide \(node \w+\) is the first to make NaN or infinity"):
         broken.check_finite()(sample, timestep)
