@@ -128,8 +128,7 @@ def rounding_gradient(
     if beta is not None:
         magnitude = centred.abs().pow_(beta - 1.0)
         gradient.sub_(magnitude.copysign_(centred), alpha=2.0 * beta * regularization)
-    result: Tensor = gradient.mul_(slope)
-    return result
+    return gradient.mul_(slope)
 
 
 def annealed_beta(progress: float, *, warmup: float, start: float, end: float) -> float | None:
