@@ -160,7 +160,7 @@ def open_source(name: str, *, context: Path | None = None, backend: str = "auto"
     contexts = context if context is not None else folder / _CONTEXT
     return Source(
         name=name,
-        folder=folder,
+        folder=stored or folder,
         unet=unet,
         scheduler=_load_scheduler(folder),
         context=load_context(contexts) if context is not None or contexts.is_file() else None,
