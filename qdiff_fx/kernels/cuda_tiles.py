@@ -98,6 +98,13 @@ _AMPERE_PACKED = _tiles(
     (32, 64, 64, 4, 3),
     (32, 32, 64, 4, 3),
 )
+# For GPUs with 48 warps a multiprocessor the compiler gives these fewer registers, and the smaller shapes spill.
+_CONSUMER_PACKED = _tiles(
+    (128, 128, 32, 8, 3),
+    (128, 64, 32, 4, 3),
+    (64, 128, 32, 4, 3),
+    (64, 64, 64, 4, 3),
+)
 _HOPPER = _tiles(
     (128, 128, 64, 8, 4),
     (128, 128, 128, 8, 3),
@@ -124,8 +131,8 @@ _BLACKWELL = _tiles(
 
 TILES: Mapping[Capability, Mapping[bool, tuple[Tile, ...]]] = {
     (8, 0): {False: _AMPERE, True: _AMPERE_PACKED},
-    (8, 6): {False: _AMPERE, True: _AMPERE_PACKED},
-    (8, 9): {False: _AMPERE, True: _AMPERE_PACKED},
+    (8, 6): {False: _AMPERE, True: _CONSUMER_PACKED},
+    (8, 9): {False: _AMPERE, True: _CONSUMER_PACKED},
     (9, 0): {False: _HOPPER, True: _HOPPER_PACKED},
     (10, 0): {False: _BLACKWELL, True: _HOPPER_PACKED},
 }
@@ -140,7 +147,7 @@ def interpreter_tile(product: Product) -> Tile:
 
 
 ATTENTION_TILES: Mapping[int, tuple[int, int, int, int]] = {
-    64: (64, 64, 4, 3),
+    64: (64, 64, 8, 3),
     128: (64, 64, 8, 3),
     256: (64, 64, 8, 2),
 }
