@@ -269,7 +269,7 @@ def test_stable_diffusion_traces_on_a_fake_gpu(preset: str) -> None:
     lowered, _ = lower(plan, "cuda", signature)
     assert compiled_graphs(lowered) == 1
     kernels = [row.kernel for row in report.rows]
-    # 22 ResNet blocks add their embedding in a kernel and their shortcut in another, as the 32 attentions and the 16
-    # feed-forward and output projections of transformer blocks do.
+    # 22 ResNet blocks add their embedding in a kernel and their shortcut in another; so do the 16 feed-forward and the
+    # 16 output projections, and 12 of 32 attention projections (the others are predicted to win in the carrier).
     assert sum("+ embedding" in kernel for kernel in kernels) == 22
-    assert sum("+ residual" in kernel for kernel in kernels) >= 22 + 32 + 16 + 16
+    assert sum("+ residual" in kernel for kernel in kernels) >= 22 + 12 + 16 + 16
