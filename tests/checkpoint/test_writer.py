@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sys
@@ -17,6 +18,7 @@ from torch import nn
 
 from qdiff_fx.checkpoint import StoredModel, read_model, write_model
 from qdiff_fx.checkpoint.plan import FORMAT_VERSION
+from qdiff_fx.config import QDiffConfig
 from qdiff_fx.errors import CheckpointError
 from qdiff_fx.graph.edit import get_tensor, set_tensor
 
@@ -46,7 +48,18 @@ def _files(folder: Path) -> dict[str, bytes]:
 
 def test_what_was_read_is_written_byte_for_byte(tmp_path: Path) -> None:
     write_model(read_model(GOLDEN_OF_TODAY, CPU), tmp_path / "copy")
-    assert _files(tmp_path / "copy") == _files(GOLDEN_OF_TODAY)
+    write_model(read_model(tmp_path / "copy", CPU), tmp_path / "again")
+    assert _files(tmp_path / "again") == _files(tmp_path / "copy")
+
+
+def test_an_older_file_is_written_as_it_was_but_for_settings_that_it_did_not_know(tmp_path: Path) -> None:
+    write_model(read_model(GOLDEN_OF_TODAY, CPU), tmp_path / "copy")
+    files = [_files(folder) for folder in (GOLDEN_OF_TODAY, tmp_path / "copy")]
+    old, new = (json.loads(item.pop("plan.json")) for item in files)
+    assert files[0] == files[1]
+    for plan in (old, new):
+        del plan["digest"]  # of everything else in it
+    assert new == old | {"config": QDiffConfig.from_dict(old["config"]).to_dict()}
 
 
 def test_a_file_of_the_first_version_is_written_as_one_of_today(old: StoredModel, tmp_path: Path) -> None:
