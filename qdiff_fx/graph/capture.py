@@ -191,7 +191,7 @@ def _with_dynamic_shapes(graph_module: fx.GraphModule, signature: CallSignature)
         )
         for item in signature.inputs
     )
-    return replace(signature, inputs=inputs, size_multiple=largest_downsampling(graph_module.graph))
+    return replace(signature, inputs=inputs, size_multiple=largest_downsampling(graph_module.graph, signature.sample))
 
 
 def _failing_module(module: nn.Module, error: BaseException) -> str:

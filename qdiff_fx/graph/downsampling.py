@@ -18,21 +18,24 @@ _STRIDE_POSITION = {
 """Operators that may shrink an image, and the position of their stride; pools default to their kernel size."""
 
 
-def largest_downsampling(graph: fx.Graph) -> int:
-    """The largest spatial reduction on any path: strides multiply, upsampling divides.
+def largest_downsampling(graph: fx.Graph, sample: str) -> int:
+    """The largest spatial reduction on any path from the input `sample`: strides multiply, upsampling divides.
 
     Heights and widths that are no multiple of it come back from the decoder with another size than the skips have.
+    Other inputs do not count: ControlNet's picture is shrunk to the sample's size before they meet.
     """
     factors: dict[fx.Node, float] = {}
     for node in graph.nodes:
         sources = [item for item in node.all_input_nodes if item in factors]
+        if not sources and not (node.op == "placeholder" and node.name == sample):
+            continue
         factor = max((factors[item] for item in sources), default=1.0)
         if node.target in _STRIDE_POSITION:
             factor *= _stride(node)
         elif node.target in (aten.upsample_nearest2d.vec, aten.upsample_bilinear2d.vec):
             factor /= _width(node) / _width(sources[0])
         factors[node] = factor
-    return max(1, round(max(factors.values())))
+    return max(1, round(max(factors.values(), default=1.0)))
 
 
 def _stride(node: fx.Node) -> int:

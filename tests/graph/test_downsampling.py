@@ -60,3 +60,16 @@ def test_a_patch_embedding_counts_its_stride() -> None:
             return functional.pixel_shuffle(self.embed(sample).repeat(1, 2, 1, 1), 4)
 
     assert capture(Patches().eval(), (torch.zeros(2, 3, 16, 16),)).signature.size_multiple == 4
+
+
+def test_another_inputs_own_strides_do_not_count() -> None:
+    class Controlled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.picture, self.net = Strided(3, up=False), Strided(1)
+
+        def forward(self, sample: Tensor, picture: Tensor) -> Tensor:
+            return self.net(sample + self.picture(picture))
+
+    call = (torch.zeros(2, 1, 16, 16), torch.zeros(2, 1, 128, 128))
+    assert capture(Controlled().eval(), call).signature.size_multiple == 2
