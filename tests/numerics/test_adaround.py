@@ -109,3 +109,16 @@ def test_the_closed_form_is_the_gradient_of_loss_and_penalty(seed: int, beta: fl
     again = rounding_gradient(variable.detach(), slope, gap, regularization=0.3, beta=beta, workspace=space)
     assert torch.equal(again, found) and again.data_ptr() == space.data_ptr()
     assert torch.equal(soft_rounding(variable.detach(), out=space[1]), rounding)
+
+
+def test_smooth_parts_pass_gradcheck() -> None:
+    """In float64, away from the corners of |.| and of the clamp."""
+    generator = torch.Generator().manual_seed(0)
+    variable = torch.randn(12, dtype=torch.float64, generator=generator, requires_grad=True)
+    assert torch.autograd.gradcheck(soft_rounding, variable)
+    rounding = (0.1 + 0.3 * torch.rand(12, dtype=torch.float64, generator=generator)).requires_grad_()
+    assert torch.autograd.gradcheck(lambda h: rounding_penalty(h, 5.0), rounding)
+    output = torch.randn(2, 3, 4, dtype=torch.float64, generator=generator, requires_grad=True)
+    target = output.detach() + 0.5
+    for exponent in (2.0, 2.4):
+        assert torch.autograd.gradcheck(lambda y, power=exponent: reconstruction_loss(y, target, power), output)
