@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, fx
 
 import qdiff_fx
-from latency import CARRIERS, CASES, MALLOC, interleaved, isa
+from latency import CARRIERS, CASES, MALLOC, describe, interleaved, isa
 from qdiff_fx.allocation.channel_factors import input_nodes, readers_of
 from qdiff_fx.allocation.factor_search import install_factor
 from qdiff_fx.calibration.driver import fit_activations, fit_weights
@@ -109,9 +109,10 @@ def build(case: str, arm: str, dtype: torch.dtype) -> tuple[Callable[[], Tensor]
     return step, kernels, steps
 
 
-def give_random_factors(graph_module: fx.GraphModule) -> None:
-    """A log-normal vector of steps for every quantized tensor whose readers can take one."""
+def give_random_factors(graph_module: fx.GraphModule) -> int:
+    """A log-normal vector of steps for every quantized tensor whose readers can take one; how many got one."""
     generator = torch.Generator().manual_seed(1)
+    given = 0
     for node in input_nodes(graph_module):
         quantizer: Any = graph_module.get_submodule(str(node.target))
         readers = readers_of(graph_module, node)
@@ -125,6 +126,8 @@ def give_random_factors(graph_module: fx.GraphModule) -> None:
             fitted[-1].channel_factor = factor
             fitted[-1].fit(reader.weight)
         install_factor(quantizer, factor, QParams(quantizer.scale, quantizer.zero_point), readers, fitted)
+        given += 1
+    return given
 
 
 def ratio(times: Sequence[float], baseline: Sequence[float]) -> dict[str, float]:
@@ -144,7 +147,7 @@ def table(document: dict[str, Any]) -> str:
         "",
         f"Written by `benchmarks/factor_latency.py`: one step of `{document['case']}`, batch 2, W8A8,",
         f"{document['carrier']} carrier, backend x86, {document['pairs']} interleaved turns;",
-        f"{document['description']}.",
+        f"{describe(document)}.",
         "The ratio is the median of the pairs' ratios with its 95 % interval (order statistics).",
         "",
         "| arm | ms a step | ratio to m = 1 | 95 % | quantize steps | generated kernels |",

@@ -143,17 +143,19 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
 
 def isa() -> dict[str, Any]:
     """What the figures depend on beside the code."""
-    capability, amx = torch.backends.cpu.get_cpu_capability(), bool(torch.cpu._is_amx_tile_supported())
-    vnni, threads = BACKENDS["x86"].unavailable("cpu") is None, torch.get_num_threads()
-    description = f"{capability}{', VNNI' if vnni else ''}, {'AMX' if amx else 'no AMX'}; {threads} thread(s)"
     return {
-        "isa": capability,
-        "amx": amx,
-        "vnni": vnni,
-        "threads": threads,
+        "isa": torch.backends.cpu.get_cpu_capability(),
+        "amx": bool(torch.cpu._is_amx_tile_supported()),
+        "vnni": BACKENDS["x86"].unavailable("cpu") is None,
+        "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "description": f"{description}; torch {torch.__version__}",
     }
+
+
+def describe(case: Mapping[str, Any]) -> str:
+    """What `isa` found, in words."""
+    units = f"{case['isa']}{', VNNI' if case['vnni'] else ''}, {'AMX' if case['amx'] else 'no AMX'}"
+    return f"{units}; {case['threads']} thread(s); torch {case['torch']}"
 
 
 def quantize(
@@ -217,13 +219,11 @@ def table(results: Mapping[str, Any]) -> str:
         "SQNR is against fp32 on one random input without calibration data: it compares arms, not methods.",
     ]
     for name, case in results.items():
-        isa = f"{case['isa']}{', VNNI' if case['vnni'] else ''}, {'AMX' if case['amx'] else 'no AMX'}"
         lines += [
             "",
             f"## {name}, batch {case['batch']}",
             "",
-            f"{isa}; {case['threads']} thread(s); torch {case['torch']}; "
-            f"int8 matmul {case['int8_matmul_gops']:.0f} GOPS in the same run.",
+            f"{describe(case)}; int8 matmul {case['int8_matmul_gops']:.0f} GOPS in the same run.",
             "",
             "| arm | ms a step | against bf16 compile | against fp32 compile | SQNR, dB |",
             "|---|---|---|---|---|",

@@ -12,11 +12,9 @@ from torch._dynamo.utils import counters
 from torch._inductor.utils import run_and_get_code
 
 import qdiff_fx
-from qdiff_fx.allocation.channel_factors import input_nodes, readers_of
-from qdiff_fx.allocation.factor_search import install_factor
+from factor_latency import give_random_factors
 from qdiff_fx.calibration.driver import fit_activations, fit_weights
 from qdiff_fx.kernels import BACKENDS
-from qdiff_fx.numerics.affine import QParams
 from subjects import Sketch, calls_of, conditional_unet, signal_to_noise, sketch_inputs
 
 aten = torch.ops.aten
@@ -206,26 +204,9 @@ def test_channel_factors_add_no_kernel() -> None:
         fit_activations(prepared.graph_module)
         fit_weights(prepared.graph_module)
         if factors:
-            assert _random_factors(prepared.graph_module) > 0
+            assert give_random_factors(prepared.graph_module) > 0
         model = qdiff_fx.convert(prepared, backend="x86").compile()
         with torch.no_grad():
             _, (code,) = run_and_get_code(model, *example)
         counts[factors] = code.count("async_compile.cpp_pybinding")
     assert counts[True] == counts[False] > 0
-
-
-def _random_factors(graph_module: torch.fx.GraphModule) -> int:
-    """Give every quantized tensor a random vector of steps; how many got one."""
-    count = 0
-    for node in input_nodes(graph_module):
-        quantizer, readers = graph_module.get_submodule(str(node.target)), readers_of(graph_module, node)
-        if readers:
-            factor = torch.exp(torch.randn(quantizer.statistics.channel_maxima.shape))
-            fitted = []
-            for reader in readers:
-                fitted.append(reader.quantizer.unfitted())
-                fitted[-1].channel_factor = factor
-                fitted[-1].fit(reader.weight)
-            install_factor(quantizer, factor, QParams(quantizer.scale, quantizer.zero_point), readers, fitted)
-            count += 1
-    return count
