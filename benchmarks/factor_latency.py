@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,7 +21,7 @@ import torch
 from torch import Tensor, fx
 
 import qdiff_fx
-from latency import CARRIERS, CASES, MALLOC, describe, interleaved, isa
+from latency import CARRIERS, CASES, describe, interleaved, isa, with_malloc_settings
 from qdiff_fx.allocation.channel_factors import input_nodes, readers_of
 from qdiff_fx.allocation.factor_search import install_factor
 from qdiff_fx.calibration.driver import fit_activations, fit_weights
@@ -41,8 +39,7 @@ PLAIN, SHARED, BROKEN = ARMS
 
 
 def main() -> None:
-    if any(os.environ.get(key) != value for key, value in MALLOC.items()):
-        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | MALLOC)
+    with_malloc_settings()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", default="sd15-32", choices=list(CASES))
     parser.add_argument("--carrier", default="bf16", choices=list(CARRIERS))

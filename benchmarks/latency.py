@@ -86,8 +86,7 @@ CASES: Mapping[str, Callable[[], tuple[torch.nn.Module, dict[str, Tensor]]]] = {
 
 
 def main() -> None:
-    if any(os.environ.get(key) != value for key, value in MALLOC.items()):
-        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | MALLOC)
+    with_malloc_settings()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="+", choices=list(CASES))
     parser.add_argument("--out", type=Path, required=True)
@@ -101,6 +100,12 @@ def main() -> None:
         results[name] = measure(name, arguments)
         write_json(arguments.out, results)
         write_bytes(arguments.out.with_suffix(".md"), table(results).encode())
+
+
+def with_malloc_settings() -> None:
+    """Start this process again under MALLOC, unless it runs under it."""
+    if any(os.environ.get(key) != value for key, value in MALLOC.items()):
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | MALLOC)
 
 
 def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:

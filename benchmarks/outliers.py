@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 import qdiff_fx
-from planting import PLANTED, plant_constant
+from planting import CONSTANT, CONSTANT_RATIO, PLANTED, plant, samples
 from qdiff_fx.calibration import CalibrationSet
 from qdiff_fx.cli.sources import open_source
 from qdiff_fx.errors import QDiffWarning
@@ -28,7 +28,6 @@ from qdiff_fx.safe_io import read_json, write_bytes, write_json
 MODELS = {"fashion-uncond": 1.0, "fashion-cond": 3.0}
 """Bundled models with their guidance scale."""
 
-CONSTANT, CONSTANT_RATIO = "constant", 100
 RATIOS = (10, 100, 1000)
 ARMS = ("equalised", "plain", "target")
 PLAIN = {"weight_slack": 0.0, "activation_slack": 0.0, "equalize": False}
@@ -77,9 +76,7 @@ def main() -> None:
     warnings.simplefilter("ignore", QDiffWarning)  # ruined models are the point; their figures are in the table
     for model in arguments.models:
         source = open_source(model)
-        data, held = (
-            _data(source, arguments.work / f"{model}-{name}", seed) for seed, name in enumerate(("fit", "held"))
-        )
+        data, held = samples(source, MODELS[model], arguments.work)
         for cell in cells(model):
             path = arguments.work / cell.file
             if not path.exists():
@@ -93,10 +90,7 @@ def main() -> None:
 def _measure(cell: Cell, original: Any, data: CalibrationSet, held: CalibrationSet, baseline: Path) -> dict[str, Any]:
     unet = copy.deepcopy(original)
     args, kwargs = held.gather(torch.arange(32))
-    if cell.planted == CONSTANT:
-        plant_constant(unet, float(cell.ratio), args, kwargs)
-    elif cell.planted in PLANTED:
-        PLANTED[cell.planted](unet, float(cell.ratio))
+    plant(unet, cell.planted, cell.ratio, args, kwargs)
     with torch.no_grad():
         expected, planted = original(*args, **kwargs).sample, unet(*args, **kwargs).sample
     config = qdiff_fx.QDiffConfig.preset(cell.preset, **(PLAIN if cell.arm == "plain" else {}))
@@ -121,19 +115,6 @@ def _measure(cell: Cell, original: Any, data: CalibrationSet, held: CalibrationS
         ),
         "most_sensitive_inputs": worst,
     }
-
-
-def _data(source: Any, path: Path, seed: int) -> CalibrationSet:
-    data: CalibrationSet = source.collect(
-        guidance_scale=MODELS[source.name],
-        num_inference_steps=50,
-        num_timesteps=10,
-        samples_per_timestep=16,
-        seed=seed,
-        path=path,
-        progress=False,
-    )
-    return data
 
 
 def _write(work: Path, docs: Path) -> None:

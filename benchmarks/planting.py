@@ -6,6 +6,7 @@ All planters change a diffusers UNet in place. They suit the bundled models: str
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,9 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.downsampling import Downsample2D
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
+
+from qdiff_fx.calibration import CalibrationSet
+from qdiff_fx.cli.sources import Source
 
 WIDTH, STREAM = 32, range(2, 8)
 """Streams of so many channels are planted, in these channels: they are closed under the groups of every GroupNorm that
@@ -116,6 +120,37 @@ PLANTED: Mapping[str, Callable[[nn.Module, float], None]] = {
     "GEGLU": plant_geglu,
 }
 """Planters of outliers that factors can undo."""
+
+CONSTANT, CONSTANT_RATIO = "constant", 100
+
+
+def plant(unet: nn.Module, planted: str, ratio: float, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Plant `planted`, a key of PLANTED or CONSTANT; anything else ("none") leaves `unet` as it is.
+
+    Args:
+      args, kwargs: a call of the network, see `plant_constant`.
+    """
+    if planted == CONSTANT:
+        plant_constant(unet, float(ratio), args, kwargs)
+    elif planted in PLANTED:
+        PLANTED[planted](unet, float(ratio))
+
+
+def samples(source: Source, guidance_scale: float, folder: Path) -> tuple[CalibrationSet, CalibrationSet]:
+    """(160 calibration rows, 160 held-out rows) from DDIM-50 trajectories of other noise, kept under `folder`."""
+    fit, held = (
+        source.collect(
+            guidance_scale=guidance_scale,
+            num_inference_steps=50,
+            num_timesteps=10,
+            samples_per_timestep=16,
+            seed=seed,
+            path=folder / f"{source.name}-{name}",
+            progress=False,
+        )
+        for seed, name in enumerate(("fit", "held"))
+    )
+    return fit, held
 
 
 def _rows(layer: Any, channels: Iterable[int], factor: float) -> None:
