@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -247,6 +248,12 @@ class AttentionQuantizer(nn.Module):
         if self.mode is not QuantizerMode.QUANTIZE or self.probabilities is None:
             return functional.scaled_dot_product_attention(query, key, value, mask, 0.0, is_causal, scale=scale)
         return attend(query, key, value, mask, is_causal, scale, self.probabilities)
+
+    def without_probabilities(self) -> AttentionQuantizer:
+        """The same operands, shared, with probabilities in the carrier type."""
+        result = copy.copy(self)
+        result.probabilities = None
+        return result
 
     def operand(self, name: str) -> ActivationQuantizer | None:
         """The quantizer of "query", "key" or "value"."""

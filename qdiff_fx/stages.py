@@ -14,6 +14,7 @@ from torch import Tensor, fx
 
 from qdiff_fx.allocation.allocate import allocate
 from qdiff_fx.allocation.attention_factors import fold_attention_factors
+from qdiff_fx.allocation.attention_rows import ruined_probabilities
 from qdiff_fx.allocation.channel_factors import FactorChoice, choose_channel_factors
 from qdiff_fx.allocation.estimate import ErrorEstimate, estimate_errors
 from qdiff_fx.allocation.kept_figures import KeptFigures
@@ -116,8 +117,16 @@ def observe_and_fit(
 
 
 def decide(prepared: PreparedUNet, data: CalibrationSet, *, progress: bool | None) -> Decisions:
-    """Fold channel factors and allocate bits as the config asks; quantizers must be fitted."""
+    """Fold channel factors and allocate bits as the config asks; quantizers must be fitted.
+
+    Probabilities that their grid ruins are kept in the carrier type whatever the config asks.
+    """
     config, graph_module, signature = prepared.qdiff_config, prepared.graph_module, prepared.signature
+    kept = ruined_probabilities(graph_module, signature, data, seed=config.seed)
+    if kept:
+        names = ", ".join(name for item in kept for name in item.layers)
+        logger.warning("softmax stays in the carrier type, %d bits would ruin it: %s", config.softmax_bits, names)
+        _apply(prepared, graph_module, kept)
     factors: tuple[FactorChoice, ...] = ()
     if config.equalize and input_units(graph_module):
         factors = choose_channel_factors(
@@ -132,7 +141,7 @@ def decide(prepared: PreparedUNet, data: CalibrationSet, *, progress: bool | Non
     spends = config.weight_slack > 0 or config.target_bytes is not None
     raisable = spends and any(unit.quantizer.spec.bits < 8 for unit in weight_units(graph_module))
     if not raisable and not (config.activation_slack > 0 and input_units(graph_module)):
-        return Decisions(factors=factors)
+        return Decisions(factors=factors, raises=kept)
     estimate = estimate_errors(graph_module, signature, data, seed=config.seed, progress=progress)
     raises = allocate(
         graph_module,
@@ -141,7 +150,7 @@ def decide(prepared: PreparedUNet, data: CalibrationSet, *, progress: bool | Non
         activation_slack=config.activation_slack,
     )
     _apply(prepared, graph_module, raises)
-    return Decisions(factors=factors, raises=raises, estimate=estimate)
+    return Decisions(factors=factors, raises=(*kept, *raises), estimate=estimate)
 
 
 def learn_blocks(

@@ -1,4 +1,4 @@
-"""Raise single quantizers above what the config gave them: 4-bit weights to 8, layer inputs to the carrier type."""
+"""Raise single quantizers above what the config gave them: 4-bit weights to 8, activations to the carrier type."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 from torch import fx
 
-from qdiff_fx.fake_quantize import ActivationQuantizer, WeightQuantizer
+from qdiff_fx.fake_quantize import ActivationQuantizer, AttentionQuantizer, WeightQuantizer
 from qdiff_fx.graph.edit import get_tensor, layer_call
-from qdiff_fx.graph.meta import LAYER, LayerPolicy
+from qdiff_fx.graph.meta import ATTENTION, LAYER, LayerPolicy
 from qdiff_fx.numerics.spec import weight_spec
 from qdiff_fx.passes.base import GraphPass, PassContext, PassResult, Refusal, finish
 
@@ -19,14 +19,14 @@ class Raise:
     """One decision.
 
     Args:
-      kind: "weight" or "input".
+      kind: "weight", "input" of layers, or "softmax": the probabilities of an attention.
       target: the quantizer's name in the graph module.
       layers: names of the layers that read it.
       bits: the new width; None is the carrier type.
       reason: why, for the plan and the reports.
     """
 
-    kind: Literal["weight", "input"]
+    kind: Literal["weight", "input", "softmax"]
     target: str
     layers: tuple[str, ...]
     bits: int | None
@@ -44,8 +44,8 @@ class Raise:
 class ApplyRaises(GraphPass):
     """Give the named quantizers their new widths and write the reasons into the layers' policies.
 
-    A raised weight is fitted anew. A layer input that goes to the carrier type loses its quantizer. A weight that
-    goes to the carrier type takes its layers' inputs along.
+    A raised weight is fitted anew. A layer input that goes to the carrier type loses its quantizer, and so do an
+    attention's probabilities. A weight that goes to the carrier type takes its layers' inputs along.
 
     Left alone: quantizers that are gone already (an input whose weight was raised to the carrier).
     """
@@ -74,6 +74,12 @@ def _apply(graph_module: fx.GraphModule, node: fx.Node, decision: Raise) -> bool
         for user in list(node.users):
             if layer_call(user) is not None:
                 _to_carrier(graph_module, user, decision.reason)
+        return True
+    if isinstance(quantizer, AttentionQuantizer):
+        if quantizer.probabilities is None:
+            return False
+        graph_module.set_submodule(str(node.target), quantizer.without_probabilities())  # others may share it
+        ATTENTION.set(node, replace(ATTENTION.require(node), probabilities=None))
         return True
     assert isinstance(quantizer, WeightQuantizer)
     if decision.bits == quantizer.spec.bits:

@@ -36,6 +36,11 @@ def attention_scale(query: Tensor, scale: float | None) -> float:
     return float(query.shape[-1]) ** -0.5 if scale is None else scale
 
 
+def probability_step(probabilities: QuantSpec) -> Float[Tensor, ""]:
+    """1 / qmax: the largest code is a probability of 1."""
+    return torch.tensor(1.0 / probabilities.qmax)
+
+
 def attend(
     query: Float[Tensor, "*batch L E"],
     key: Float[Tensor, "*batch S E"],
@@ -47,5 +52,5 @@ def attend(
 ) -> Float[Tensor, "*batch L D"]:
     """Attention with probabilities on the grid `probabilities` (zero point 0, step 1 / qmax), in `value`'s dtype."""
     weights = attention_probabilities(query @ key.transpose(-1, -2), mask, is_causal, attention_scale(query, scale))
-    step = torch.tensor(1.0 / probabilities.qmax, device=weights.device)
+    step = probability_step(probabilities).to(weights.device)
     return fake_quantize(weights, step, 0, probabilities).to(value.dtype) @ value
