@@ -1,8 +1,10 @@
 """What a few more bytes and multiplications buy: the slacks of bit allocation, by the estimate and by exact ranking.
 
     python benchmarks/allocation.py --work /tmp/allocation
+    python benchmarks/allocation.py --work /tmp/allocation --rounding learned
 
 Writes docs/results-allocation.json, .md and a plot. Finished rows are kept in the work folder: a killed run continues.
+Slacks that raise the same quantizers are measured once.
 """
 
 from __future__ import annotations
@@ -17,20 +19,28 @@ import qdiff_fx
 from qdiff_fx.allocation.allocate import allocate
 from qdiff_fx.allocation.estimate import ErrorEstimate, estimate_errors
 from qdiff_fx.allocation.units import input_units, total_multiplications, weight_units
+from qdiff_fx.calibration import CalibrationSet
 from qdiff_fx.cli.sources import open_source
 from qdiff_fx.evaluation.study import Yardstick
+from qdiff_fx.fake_quantize import QuantizerMode
+from qdiff_fx.identity import digest
 from qdiff_fx.passes.base import PassContext
-from qdiff_fx.passes.prepare.raises import ApplyRaises
+from qdiff_fx.passes.prepare.raises import ApplyRaises, Raise
+from qdiff_fx.reconstruction import ReconstructionConfig
 from qdiff_fx.report.machine import describe_machine
 from qdiff_fx.report.plots import plot_slacks
 from qdiff_fx.safe_io import read_json, write_bytes, write_json
+from qdiff_fx.stages import learn_blocks
 
 STEPS, IMAGES, SEED = 50, 16, 0
 WEIGHT_SLACKS = (0.0, 0.01, 0.02, 0.04, 0.06, 0.10, 0.20)
 ACTIVATION_SLACKS = (0.0, 0.005, 0.01, 0.02, 0.05)
+ROUNDINGS = ("nearest", "learned")
 DEFAULTS = {"weight_slack": 0.06, "activation_slack": 0.02}
 MODELS = {"fashion-uncond": 1.0, "fashion-cond": 3.0}
 """Bundled models with their guidance scale."""
+
+_ORDER = ("ranking", "kind", "slack")
 
 
 def main() -> None:
@@ -38,13 +48,14 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder of finished rows")
     parser.add_argument("--docs", type=Path, default=Path("docs"))
     parser.add_argument("--models", nargs="*", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--rounding", nargs="*", default=list(ROUNDINGS), choices=ROUNDINGS)
     arguments = parser.parse_args()
     for model in arguments.models:
-        _measure(model, arguments.work)
+        _measure(model, arguments.work, arguments.rounding)
     _write(arguments.work, arguments.docs)
 
 
-def _measure(model: str, work: Path) -> None:
+def _measure(model: str, work: Path, roundings: Sequence[str]) -> None:
     source, guidance = open_source(model), MODELS[model]
     data = source.collect(
         guidance_scale=guidance,
@@ -66,26 +77,42 @@ def _measure(model: str, work: Path) -> None:
     sampler = source.sampler(source.noise(IMAGES, SEED + 1), steps=STEPS, guidance_scale=guidance, keep_steps=True)
     yardstick = Yardstick(source.unet, sampler, num_timesteps=13, progress=False)
     runs = [
-        (ranking, kind, slack)
+        (rounding, ranking, kind, slack)
+        for rounding in roundings
         for ranking in ("estimate", "exact")
         for kind, slacks in (("weight", WEIGHT_SLACKS), ("activation", ACTIVATION_SLACKS))
         for slack in slacks
     ]
-    for ranking, kind, slack in runs:
-        path = work / model / f"{ranking}-{kind}-{slack:g}.json"
+    for rounding, ranking, kind, slack in runs:
+        path = work / model / f"row-{rounding}-{ranking}-{kind}-{slack:g}.json"
         if not path.exists():
             slacks = DEFAULTS | {f"{kind}_slack": slack}
-            row = _row(prepared, estimate if ranking == "estimate" else exact, slacks, yardstick)
-            write_json(path, {"model": model, "ranking": ranking, "kind": kind, "slack": slack} | row)
-            print(f"{model} {ranking} {kind} {slack:.3f}: {row['median_db']:.1f} {row['endpoint_db']:.1f}", flush=True)
+            raises = allocate(prepared.graph_module, estimate if ranking == "estimate" else exact, **slacks)
+            key = digest(f"{rounding} {sorted((item.target, str(item.bits)) for item in raises)}")
+            row = _known(work / model, key) or _row(
+                prepared, raises, yardstick, data if rounding == "learned" else None
+            )
+            labels = {"model": model, "rounding": rounding, "ranking": ranking, "kind": kind, "slack": slack}
+            write_json(path, row | labels | {"key": key})
+            print(*labels.values(), f"{row['median_db']:.1f} {row['endpoint_db']:.1f}", flush=True)
 
 
-def _row(prepared: Any, estimate: ErrorEstimate, slacks: dict[str, float], yardstick: Yardstick) -> dict[str, Any]:
-    """Both yardsticks of `prepared` with these slacks spent, rounded to nearest."""
+def _known(folder: Path, key: str) -> dict[str, Any] | None:
+    """What was measured of a network with the same raises."""
+    rows = (read_json(path) for path in folder.glob("row-*.json"))
+    return next((row for row in rows if row["key"] == key), None)
+
+
+def _row(prepared: Any, raises: Sequence[Raise], yardstick: Yardstick, data: CalibrationSet | None) -> dict[str, Any]:
+    """Both yardsticks of `prepared` with these raises, its rounding learned on `data` where it is given."""
     model = copy.deepcopy(prepared)
     inputs = {unit.target: unit for unit in input_units(model.graph_module)}
-    raises = allocate(model.graph_module, estimate, **slacks)
-    ApplyRaises(raises).run(model.graph_module, PassContext(config=model.qdiff_config, signature=model.signature))
+    ApplyRaises(tuple(raises)).run(
+        model.graph_module, PassContext(config=model.qdiff_config, signature=model.signature)
+    )
+    if data is not None:
+        learn_blocks(model, data, ReconstructionConfig.preset("fast"), 32, None, False)
+    model.set_mode(QuantizerMode.QUANTIZE)
     measured = yardstick.measure(model, "allocation")
     kept = sum(inputs[item.target].multiplications for item in raises if item.kind == "input")
     return {
@@ -110,8 +137,8 @@ def _exact(prepared: Any, estimate: ErrorEstimate, report: Any) -> ErrorEstimate
 
 
 def _write(work: Path, docs: Path) -> None:
-    rows = [read_json(path) for model in MODELS for path in sorted((work / model).glob("e*-*-*.json"))]
-    rows.sort(key=lambda row: (row["model"], row["ranking"], row["kind"], row["slack"]))
+    rows = [read_json(path) for model in MODELS for path in sorted((work / model).glob("row-*.json"))]
+    rows.sort(key=lambda row: (row["model"], row["rounding"] != "nearest", *(row[name] for name in _ORDER)))
     correlations = {model: read_json(path) for model in MODELS if (path := work / model / "correlation.json").exists()}
     document = {"machine": describe_machine(), "rank_correlation": correlations, "rows": rows}
     write_json(docs / "results-allocation.json", document)
@@ -119,11 +146,11 @@ def _write(work: Path, docs: Path) -> None:
     lines = [
         "# Bit allocation on the bundled models",
         "",
-        "Written by `benchmarks/allocation.py`: W4A8 with channel factors, rounded to nearest, 640 calibration rows,",
-        f"one seed. End point: DDIM-{STEPS}, {IMAGES} samples from the same noise, median. While one slack varies, the",
-        f"other has its default (weights {DEFAULTS['weight_slack']:.0%}, activations "
-        f"{DEFAULTS['activation_slack']:.0%}). The exact ranking measures every layer alone at its",
-        "own width; errors at 8 bits are the estimate's in both.",
+        "Written by `benchmarks/allocation.py`: W4A8 with channel factors, 640 calibration rows, one seed; rounded to",
+        f'nearest, or rounding and steps learned (preset "fast"). End point: DDIM-{STEPS}, {IMAGES} samples from the',
+        "same noise, median. While one slack varies, the other has its default (weights",
+        f"{DEFAULTS['weight_slack']:.0%}, activations {DEFAULTS['activation_slack']:.0%}). The exact ranking measures",
+        "every layer alone at its own width; errors at 8 bits are the estimate's in both.",
         "",
         "![slacks](images/allocation.png)",
         "",
@@ -133,8 +160,8 @@ def _write(work: Path, docs: Path) -> None:
             + ".\n"
             for model, correlation in correlations.items()
         ),
-        "| model | ranking | slack | pooled, dB | median, dB | end point, dB | weight bytes | in the carrier |",
-        "|---|---|---|---|---|---|---|---|",
+        "| model | rounding | ranking | slack | pooled, dB | median, dB | end point, dB | weight bytes | carrier |",
+        "|---|---|---|---|---|---|---|---|---|",
         *(_line(row) for row in rows),
     ]
     write_bytes(docs / "results-allocation.md", ("\n".join(lines) + "\n").encode())
@@ -143,6 +170,7 @@ def _write(work: Path, docs: Path) -> None:
 def _line(row: dict[str, Any]) -> str:
     cells: Sequence[str] = (
         row["model"],
+        row["rounding"],
         row["ranking"],
         f"{row['kind']} {row['slack']:.1%}",
         *(f"{row[name]:.1f}" for name in ("pooled_db", "median_db", "endpoint_db")),

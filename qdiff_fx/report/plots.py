@@ -217,8 +217,15 @@ def plot_slacks(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Both yardsticks over the slack that was spent, a column a kind of slack.
 
     Args:
-      rows: dicts of "model", "ranking" ("estimate" or "exact"), "kind", "slack", "median_db" and "endpoint_db".
+      rows: dicts of "model", "ranking" ("estimate" or "exact"), "rounding" ("nearest" or "learned"), "kind", "slack",
+        "median_db" and "endpoint_db".
     """
+    colours = {
+        ("nearest", "estimate"): "mse",
+        ("nearest", "exact"): "rtn",
+        ("learned", "estimate"): "ours",
+        ("learned", "exact"): "mse-split",
+    }
     kinds = tuple(dict.fromkeys(row["kind"] for row in rows))
     with mpl.rc_context(_STYLE):  # type: ignore[arg-type]
         figure = Figure(figsize=(_SIZE[0] * max(1, len(kinds)), _SIZE[1]), layout="constrained")
@@ -227,22 +234,21 @@ def plot_slacks(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
             axes.set_title(f"{kind} slack")
             axes.set_xlabel("more bytes, %" if kind == "weight" else "multiplications in the carrier type, %")
             axes.set_ylabel("dB against full precision")
-            curves: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+            curves: dict[tuple[str, str, str], list[Mapping[str, Any]]] = {}
             for row in rows:
                 if row["kind"] == kind:
-                    curves.setdefault((row["model"], row["ranking"]), []).append(row)
-            for (model, ranking), points in curves.items():
-                colour = "ours" if ranking == "estimate" else "mse"
+                    curves.setdefault((row["model"], row["rounding"], row["ranking"]), []).append(row)
+            for (model, rounding, ranking), points in curves.items():
                 dashed = model != rows[0]["model"]
                 for name, marker in (("median_db", "o"), ("endpoint_db", "^")):
                     axes.plot(
                         [100 * point["slack"] for point in points],
                         [point[name] for point in points],
-                        color=COLOURS[colour],
+                        color=COLOURS[colours[rounding, ranking]],
                         marker=marker,
                         markersize=4,
                         linestyle="--" if dashed else "-",
-                        label=f"{model}, {ranking}: {'median SQNR' if marker == 'o' else 'end point'}",
+                        label=f"{model}, {rounding}, {ranking}: {'median SQNR' if marker == 'o' else 'end point'}",
                     )
             if column == 0:
                 axes.legend(fontsize=7)
