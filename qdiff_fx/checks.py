@@ -36,15 +36,15 @@ def check_prepare(unet: Any, config: Any) -> None:
         if isinstance(inner, nn.Module):
             raise InputError(f"{type(unet).__name__} is a pipeline: pass its network, prepare(pipe.unet)")
         raise InputError(f"prepare() takes an nn.Module, got a {type(unet).__name__}")
-    training = next((path or type(unet).__name__ for path, child in unet.named_modules() if child.training), None)
-    if training is not None:
-        raise InputError(f"{training} is in training mode; call .eval() on the whole model before prepare()")
     adapted = next((path for path, child in unet.named_modules() if _is_unfused(child)), None)
     if adapted is not None:
         raise InputError(
             f"{adapted} carries an adapter that is not fused into its weight; call pipe.fuse_lora() "
             f"(or unet.fuse_lora()) before prepare(), or unload it"
         )
+    training = next((path or type(unet).__name__ for path, child in unet.named_modules() if child.training), None)
+    if training is not None:
+        raise InputError(f"{training} is in training mode; call .eval() on the whole model before prepare()")
     for observer in (config.weight_observer, config.activation_observer):
         create_observer(observer, activation_spec(8))
     for name, parameter in unet.named_parameters():

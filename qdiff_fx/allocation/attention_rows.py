@@ -19,7 +19,8 @@ from qdiff_fx.passes.prepare.raises import Raise
 RUINED_DB = 10.0
 """Rows whose sums keep less than this, 1 against the error's root mean square, are lost."""
 
-_MAPS = 8
+_RUINED = 10 ** (-RUINED_DB / 20)
+_MAPS = 4
 
 
 @torch.no_grad()
@@ -28,7 +29,7 @@ def ruined_probabilities(
     signature: CallSignature,
     data: CalibrationSet,
     *,
-    samples: int = 12,
+    samples: int = 6,
     seed: int = 0,
 ) -> tuple[Raise, ...]:
     """Raises for the attentions whose probabilities do not survive their grid, by full-precision calls.
@@ -39,30 +40,31 @@ def ruined_probabilities(
     single noise level that is ruined ruins the picture.
 
     Args:
-      samples: rows of `data`, evenly over the timesteps; one forward pass each, with up to 8 attention maps looked at.
+      samples: rows of `data`, evenly over the timesteps; one forward pass each, with up to 4 attention maps looked at.
     """
     errors: dict[str, tuple[float, float]] = {}
 
     class Watch(Probe):
         def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             module = self.fetch_attr(target)
-            if isinstance(module, AttentionQuantizer) and module.probabilities is not None:
-                seen = row_sum_error(module.probabilities, *args, **kwargs)
+            grid = module.probabilities if isinstance(module, AttentionQuantizer) else None
+            if grid is not None and 0.5 * args[1].shape[-2] / grid.qmax > _RUINED:  # half a step a key can lose a row
+                seen = row_sum_error(grid, *args, **kwargs)
                 errors[str(target)] = max(errors.get(str(target), seen), seen)
             return super().call_module(target, args, kwargs)
 
+    if not any(isinstance(module, AttentionQuantizer) for module in graph_module.modules()):
+        return ()
     watch = Watch(graph_module, on_weight=lambda _, __, weight: weight, on_input=lambda _, __, x: x)
     parameter = next(graph_module.parameters(), None)
     device = torch.device("cpu") if parameter is None else parameter.device
-    if not any(isinstance(module, AttentionQuantizer) for module in graph_module.modules()):
-        return ()
     with preserved_modes(graph_module):
         set_mode(graph_module, QuantizerMode.PASS)
         for row in spread_rows(data, samples, seed):
             watch.run(*flat_inputs(data, row.reshape(1), signature, device))
-    return tuple(
-        _raise(graph_module, target, *seen) for target, seen in errors.items() if seen[0] > 10 ** (-RUINED_DB / 20)
-    )
+            if not errors:
+                return ()  # too few keys in every attention
+    return tuple(_raise(graph_module, target, *seen) for target, seen in errors.items() if seen[0] > _RUINED)
 
 
 def row_sum_error(
@@ -74,7 +76,7 @@ def row_sum_error(
     is_causal: bool = False,
     scale: float | None = None,
 ) -> tuple[float, float]:
-    """(root mean square of the error, mean of the quantized sum) of the rows of up to 8 attention maps, evenly taken.
+    """(root mean square of the error, mean of the quantized sum) of the rows of up to 4 attention maps, evenly taken.
 
     Args:
       probabilities: their grid.

@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from qdiff_fx.fake_quantize import ActivationQuantizer, WeightQuantizer
 from qdiff_fx.graph.edit import LayerCall, get_tensor, layer_call
 from qdiff_fx.graph.meta import LAYER
+from qdiff_fx.graph.propagate import size_hint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +104,7 @@ def multiplications(call: LayerCall) -> int:
     """Multiplications of a layer for one sample at the captured size: outputs times weights of one output."""
     output, weight = call.node.meta["val"], call.weight.meta["val"]
     per_output = math.prod(int(size) for size in weight.shape[1:])
-    return per_output * math.prod(_hint(size) for size in output.shape[1:])
+    return per_output * math.prod(size_hint(size) for size in output.shape[1:])
 
 
 def _quantizers(graph_module: fx.GraphModule, kind: type[Any]) -> Iterator[tuple[fx.Node, Any]]:
@@ -112,8 +113,3 @@ def _quantizers(graph_module: fx.GraphModule, kind: type[Any]) -> Iterator[tuple
             module = graph_module.get_submodule(str(node.target))
             if isinstance(module, kind):
                 yield node, module
-
-
-def _hint(size: Any) -> int:
-    """The size at capture; reading the hint adds no guard."""
-    return int(size) if isinstance(size, int) else int(size.node.hint)

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from qdiff_fx.graph.propagate import size_hint
+
 aten = torch.ops.aten
 
 _STRIDE_POSITION = {
@@ -52,5 +54,4 @@ def _width(node: fx.Node) -> int:
     """Width at capture; reading the hint adds no guard to a symbolic size."""
     value = node.meta["val"]
     assert isinstance(value, Tensor)
-    size: Any = value.shape[-1]
-    return int(size) if isinstance(size, int) else int(size.node.hint)
+    return size_hint(value.shape[-1])

@@ -1,4 +1,4 @@
-"""An IP-Adapter is part of the network: its attentions and its picture embedding are captured with it."""
+"""An IP-Adapter is captured with the network it is part of; a LoRA is refused until it is fused into the weights."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from peft import LoraConfig
 
 import qdiff_fx
 from families import FAST, SMALL, attentions, shortcuts
@@ -52,3 +53,23 @@ def test_an_ip_adapter_is_quantized_with_the_network(tmp_path: Path) -> None:
         assert signal_to_noise(wanted, loaded(*call, **kwargs).sample) > 8
     with pytest.raises(InputError, match=r"added_cond_kwargs is not given, .* prepare the model again"):
         loaded(*call, encoder_hidden_states=kwargs["encoder_hidden_states"])
+
+
+def test_a_lora_is_refused_until_it_is_fused() -> None:
+    torch.manual_seed(0)
+    unet: UNet2DConditionModel = SMALL["controlled"].build().eval()  # type: ignore[assignment]
+    call = (torch.randn(2, 4, 8, 8), torch.tensor([5.0, 5.0]))
+    kwargs = {"encoder_hidden_states": torch.randn(2, 7, CONTEXT)}
+    with torch.no_grad():
+        plain = unet(*call, **kwargs).sample
+        unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v", "conv1"], init_lora_weights=False))
+        wanted = unet(*call, **kwargs).sample
+    assert not torch.allclose(plain, wanted, atol=1e-3)
+    with pytest.raises(InputError, match=r"to_q carries an adapter that is not fused .* call pipe.fuse_lora\(\)"):
+        qdiff_fx.prepare(unet, FAST, example_inputs=call, example_kwargs=kwargs)
+    unet.fuse_lora()
+    prepared = qdiff_fx.prepare(unet.eval(), FAST, example_inputs=call, example_kwargs=kwargs)
+    with torch.no_grad():
+        torch.testing.assert_close(prepared(*call, **kwargs).sample, wanted, rtol=1e-4, atol=1e-5)
+    assert not any("lora" in name for name, _ in prepared.graph_module.named_parameters())
+    assert shortcuts(prepared.graph_module) == SMALL["controlled"].shortcuts
