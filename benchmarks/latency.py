@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import json
 import os
 import sys
@@ -92,6 +93,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--presets", nargs="+", default=["w8a8", "w4a8"])
+    parser.add_argument("--backends", nargs="+", choices=["x86", "openvino"], default=["x86"])
     parser.add_argument("--carriers", nargs="+", choices=list(CARRIERS), default=["bf16"])
     arguments = parser.parse_args()
     results = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
@@ -117,10 +119,10 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
         cast = {key: value.to(dtype) for key, value in inputs.items()}
         arms[label] = lambda: model(**cast, timestep=timestep, return_dict=False)[0]
 
-    for preset in options.presets:
-        for carrier in options.carriers:
-            dtype = CARRIERS[carrier]
-            add(f"{preset} {carrier}", quantize(module, inputs, preset, dtype).compile(), dtype)
+    for preset, carrier, backend in itertools.product(options.presets, options.carriers, options.backends):
+        dtype = CARRIERS[carrier]
+        label = f"{preset} {carrier}" if backend == "x86" else f"{preset} {carrier} {backend}"
+        add(label, quantize(module, inputs, preset, dtype, backend).compile(), dtype)
     add("fp32 compile", torch.compile(module, fullgraph=True), torch.float32)
     add(BASELINE, torch.compile(copy.deepcopy(module).to(torch.bfloat16), fullgraph=True), torch.bfloat16)
     with torch.no_grad():
@@ -164,7 +166,7 @@ def describe(case: Mapping[str, Any]) -> str:
 
 
 def quantize(
-    module: torch.nn.Module, inputs: Mapping[str, Tensor], preset: str, dtype: torch.dtype
+    module: torch.nn.Module, inputs: Mapping[str, Tensor], preset: str, dtype: torch.dtype, backend: str = "x86"
 ) -> qdiff_fx.QuantizedUNet:
     """`module` observed on three noise levels; enough for latency, and for ranges of random inputs."""
     config = qdiff_fx.QDiffConfig.preset(
@@ -179,7 +181,7 @@ def quantize(
     with torch.no_grad():
         for timestep in (10.0, 500.0, 990.0):
             prepared(**inputs, timestep=torch.full((BATCH,), timestep))
-    return qdiff_fx.convert(prepared, backend="x86", dtype=dtype, release=True)
+    return qdiff_fx.convert(prepared, backend=backend, dtype=dtype, release=True)
 
 
 def interleaved(arms: Mapping[str, Callable[[], Tensor]], repeats: int) -> dict[str, list[float]]:
@@ -220,7 +222,8 @@ def table(results: Mapping[str, Any]) -> str:
         "# Latency on the CPU",
         "",
         "Written by `python benchmarks/latency.py CASE ... --out docs/results-latency.json`: one UNet step, arms",
-        "interleaved in one process, medians. The arm `w4a8 bf16` has 4-bit weights, 8-bit activations, bf16 carrier.",
+        "interleaved in one process, medians. The arm `w4a8 bf16` has 4-bit weights, 8-bit activations, bf16 carrier;",
+        "it runs on the x86 backend under torch.compile, `w4a8 bf16 openvino` on the openvino backend.",
         "SQNR is against fp32 on one random input without calibration data: it compares arms, not methods.",
     ]
     for name, case in results.items():

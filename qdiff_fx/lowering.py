@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from qdiff_fx.config import QDiffConfig
 from qdiff_fx.graph.edit import LAYER_OPERATORS, get_tensor, shared_copy, stored_bytes
-from qdiff_fx.graph.meta import ATTENTION, FALLBACK, KERNEL, LAYER, MODULE_PATH, STORED, StoredWeight
+from qdiff_fx.graph.meta import ATTENTION, FALLBACK, KERNEL, LAYER, MODULE_PATH, PARTS, STORED, StoredWeight
 from qdiff_fx.graph.signature import CallSignature
 from qdiff_fx.passes.base import PassContext, run_passes
 from qdiff_fx.passes.lower import LOWER
@@ -137,7 +137,7 @@ def _stored(graph_module: fx.GraphModule, node: fx.Node) -> StoredWeight:
 
 
 def _rows(graph_module: fx.GraphModule) -> Iterator[LoweringRow]:
-    for node in graph_module.graph.nodes:
+    for node in (part for call in graph_module.graph.nodes for part in PARTS.get(call) or (call,)):
         stored = STORED.get(node)
         if stored is None and node.target not in _ATTENTIONS:
             continue

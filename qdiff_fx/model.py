@@ -23,7 +23,7 @@ from qdiff_fx.graph.outputs import OutputStructure
 from qdiff_fx.graph.signature import CallSignature
 from qdiff_fx.graph.skeleton import build_skeleton, output_class, readable
 from qdiff_fx.graph.tokens import set_device
-from qdiff_fx.kernels import select_backend, usable_device
+from qdiff_fx.kernels import BACKENDS, select_backend, usable_device
 from qdiff_fx.lowering import LoweringReport, lower, offload
 from qdiff_fx.passes.base import PassResult
 from qdiff_fx.safe_io import write_bytes
@@ -252,9 +252,14 @@ class QuantizedUNet(GraphUNet):
     def compile(self, **options: Any) -> Self:  # type: ignore[override]
         """Compile in place with dynamic batch, height, width and context length; returns itself.
 
+        Nothing is left to do, and nothing is done, where the backend's own engine compiled the model when it was
+        lowered (openvino).
+
         Args:
           options: of torch.compile; fullgraph is on by default.
         """
+        if not BACKENDS[self.backend].traceable:
+            return self
         self._compiled = torch.compile(self.lowered, **{"fullgraph": True, **options})
         return self
 

@@ -9,6 +9,7 @@ from qdiff_fx.passes.lower.cuda_attention import LowerCudaAttention
 from qdiff_fx.passes.lower.cuda_carrier import KeepSlowLayersInCarrier
 from qdiff_fx.passes.lower.cuda_epilogue import FuseCudaEpilogues
 from qdiff_fx.passes.lower.cuda_layers import LowerCudaLayers
+from qdiff_fx.passes.lower.openvino import RunByOpenVINO
 from qdiff_fx.passes.lower.qdq import QuantizeDequantizeLayers, QuantizeDequantizeWeights
 from qdiff_fx.passes.lower.quantize import LowerQuantize
 from qdiff_fx.passes.lower.signed_codes import CancelSignChanges
@@ -22,6 +23,11 @@ LOWER: Mapping[str, tuple[GraphPass, ...]] = {
         DropAttentionQuantizers("the standard form has no operator for quantized attention"),
     ),
     "x86": (LowerX86Layers(), LowerQuantize(), DequantizeWeights(), DropAttentionQuantizers()),
+    "openvino": (
+        DequantizeWeights(),
+        DropAttentionQuantizers("OpenVINO has no int8 attention kernel"),
+        RunByOpenVINO(),
+    ),
     "cuda": (
         KeepSlowLayersInCarrier(),
         LowerCudaAttention(),

@@ -101,3 +101,6 @@ BLOCK: MetaKey[int] = MetaKey("block")
 
 FIXED_DTYPE: MetaKey[bool] = MetaKey("fixed_dtype")
 """On casts and factories whose dtype is meant literally (float32 timestep arithmetic), not as the carrier type."""
+
+PARTS: MetaKey[tuple[Node, ...]] = MetaKey("parts")
+"""On a call that a whole program stands behind: the calls that it was made of, for reports."""

@@ -8,6 +8,7 @@ from qdiff_fx.errors import BackendError
 from qdiff_fx.kernels import ops as ops  # registers the qdiff:: operators
 from qdiff_fx.kernels.backend import Backend
 from qdiff_fx.kernels.cuda import CUDA
+from qdiff_fx.kernels.openvino import OPENVINO
 from qdiff_fx.kernels.qdq import QDQ
 from qdiff_fx.kernels.reference import REFERENCE
 from qdiff_fx.kernels.x86 import X86
@@ -16,6 +17,7 @@ BACKENDS: Mapping[str, Backend] = {
     REFERENCE.name: REFERENCE,
     QDQ.name: QDQ,
     X86.name: X86,
+    OPENVINO.name: OPENVINO,
     CUDA.name: CUDA,
 }
 """Every backend by name; "auto" takes the first available one of AUTO_ORDER."""

@@ -1,0 +1,1 @@
+"""From an fx graph of ATen and qdiff:: operators to a model of OpenVINO's. Imported only where that is asked for."""
