@@ -116,6 +116,36 @@ def test_evaluate_writes_figures_that_report_renders(
     assert "end-point" in (tmp_path / "report.html").read_text()
 
 
+def test_evaluate_measures_parts_distributions_and_intervals_on_request(
+    model: Path, quantized: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--samples", "2", "--steps", "2", "--timesteps", "2", "--seeds", "2", "--out", str(tmp_path)]
+    asked = ["--layers", "--sensitivity", "--frechet", "6", "--extractor", "evaluation_plugins:pixels"]
+    metric = ["--metric", "L1=evaluation_plugins:l1"]
+    assert main(["evaluate", str(model), str(quantized), *arguments, *asked, *metric]) == 0
+    printed = capsys.readouterr().out
+    for expected in ("over 2 seeds", "Frechet distance", "four pixels", "samples of the full-precision network", "L1"):
+        assert expected in printed
+    figures = json.loads((tmp_path / "evaluation.json").read_text())
+    assert {part["kind"] for part in figures["parts"]["parts"]} == {"layer", "attention", "block"}
+    assert {row["kind"] for row in figures["sensitivity"]["rows"]} == {"weight", "input", "attention", "block"}
+    assert len(figures["picture_metrics"]) == 2 and len(figures["picture_metrics"][0]["by_picture"]["L1"]) == 2
+    ours, full = (figures["distribution"][name] for name in ("quantized", "full precision"))
+    assert len(ours["by_seed"]) == 2 and ours["by_seed"][0]["extractor"] == "four pixels"
+    assert full["frechet"]["mean"] == pytest.approx(ours["frechet"]["mean"], rel=0.1)  # W8A8, the same noise
+    # Finished samples stay: pictures of three seeds of full precision (one is the reference), two of ours.
+    assert len(list((tmp_path / "samples").glob("*/chunk-0000.safetensors"))) == 5
+
+
+def test_evaluate_asks_for_an_extractor_of_networks_that_are_not_bundled(
+    model: Path, quantized: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = ["--samples", "1", "--steps", "1", "--timesteps", "1", "--frechet", "2"]
+    assert "name --extractor MODULE:NAME" in error_line(capsys, "evaluate", str(model), str(quantized), *few)
+    assert "cannot be imported" in error_line(capsys, "evaluate", "a", "b", "--extractor", "no_such_module:thing")
+    assert "want NAME=MODULE:NAME" in error_line(capsys, "evaluate", "a", "b", "--metric", "json:dumps")
+
+
 def test_quantize_leaves_a_run_that_report_renders(quantized: Path) -> None:
     assert main(["report", str(quantized)]) == 0
     assert "conv_shortcut#1" in (quantized / "report.html").read_text()
