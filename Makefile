@@ -3,6 +3,7 @@
 #   make demo       run the main job on the bundled model; pictures and report.html land in demo/
 #   make test       the whole gate
 #   make test-slow  the tests that take minutes
+#   make results the published studies and the table against other tools, into docs/; hours, resumable (RESULTS=folder)
 #   make gpu        on a machine with an NVIDIA GPU: kernels against the reference, then latency into docs/results-cuda.md
 #   make format     rewrite the sources as the gate wants them
 #   make clean      remove everything that make and the tools wrote, .venv included
@@ -13,14 +14,21 @@
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 WORKERS ?= auto
+RESULTS ?= runs/results
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test test-slow gpu lint format clean install
+.PHONY: demo results test test-slow gpu lint format clean install
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
 	$(BIN)/qdiff-fx demo --out demo
+
+# One core each: the cells of two commands never meet. The peers' table has whatever tools .venv can import.
+results: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/quality.py --work $(RESULTS)/quality --cells "*/RTN MSE" "*/split"
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/peers_table.py --work $(RESULTS)/peers --frechet 500 & peers=$$!; \
+	  OMP_NUM_THREADS=1 $(BIN)/python benchmarks/results.py --work $(RESULTS)/studies && wait $$peers
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses $(WORKERS) --maxprocesses 8 --dist loadfile

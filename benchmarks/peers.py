@@ -1,0 +1,203 @@
+"""Other tools that quantize a UNet, behind one call: quantize(name, unet, calls) -> a callable with its bytes.
+
+    network = peers.quantize("sdnq uint4", unet, calls)
+    network(sample, timestep, return_dict=False)[0]; network.bytes
+
+Each tool is imported when it is asked for (extra [peers]); convolutions are included wherever the tool can. What
+a tool leaves alone stays fp32.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import qdiff_fx
+
+Calls = Sequence[tuple[tuple[Any, ...], Mapping[str, Any]]]
+"""Recorded calls (args, kwargs) of the full-precision network: calibration data."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Network:
+    """A quantized network that is called like the original.
+
+    Args:
+      call: the network.
+      bytes: of all its tensors as they are kept.
+      bits: of weights and activations, for tables.
+    """
+
+    call: Callable[..., Any]
+    bytes: int
+    bits: str
+
+    def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor]:
+        """The prediction [B, C, H, W], in a tuple as with return_dict=False."""
+        with torch.no_grad():
+            found = self.call(*args, **kwargs)
+        found = getattr(found, "sample", found)
+        return (found[0] if isinstance(found, (tuple, list)) else found,)
+
+
+def quantize(name: str, unet: nn.Module, calls: Calls) -> Network:
+    """`unet`, which stays as it is, quantized by the peer called `name`.
+
+    Args:
+      name: a key of PEERS.
+      calls: calibration data for the peers that want any.
+
+    Raises: KeyError for an unknown name; whatever the tool raises: callers put it into the table.
+    """
+    with torch.no_grad():
+        return PEERS[name](copy.deepcopy(unet).eval(), calls)
+
+
+def tensor_bytes(tensor: Tensor) -> int:
+    """Bytes that a tensor keeps; of a subclass, those of the tensors inside."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        names, _ = tensor.__tensor_flatten__()
+        return sum(tensor_bytes(getattr(tensor, name)) for name in names)
+    return tensor.numel() * tensor.element_size()
+
+
+def module_bytes(module: nn.Module) -> int:
+    """Bytes of all parameters and buffers, each storage counted once."""
+    tensors = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+    return sum(tensor_bytes(tensor) for tensor in tensors.values())
+
+
+def _full_precision(unet: nn.Module, calls: Calls) -> Network:
+    del calls
+    return Network(call=unet, bytes=module_bytes(unet), bits="W32A32")
+
+
+def _sdnq(unet: nn.Module, calls: Calls, *, bits: str, **options: Any) -> Network:
+    from sdnq import sdnq_post_load_quant
+
+    del calls
+    network = sdnq_post_load_quant(unet, quant_conv=True, torch_dtype=torch.float32, **options)
+    return Network(call=network, bytes=module_bytes(network), bits=bits)
+
+
+def _torchao(unet: nn.Module, calls: Calls, *, config: str, bits: str) -> Network:
+    from torchao import quantization
+
+    del calls
+    quantization.quantize_(unet, getattr(quantization, config)())
+    return Network(call=unet, bytes=module_bytes(unet), bits=bits)
+
+
+def _quanto(unet: nn.Module, calls: Calls, *, weights: str, bits: str, activations: str | None = None) -> Network:
+    from optimum import quanto
+
+    quanto.quantize(
+        unet,
+        weights=getattr(quanto, weights),
+        activations=None if activations is None else getattr(quanto, activations),
+    )
+    if activations is not None:
+        with quanto.Calibration():
+            for args, kwargs in calls:
+                unet(*args, **kwargs)
+    quanto.freeze(unet)
+    return Network(call=unet, bytes=module_bytes(unet), bits=bits)
+
+
+class _Flat(nn.Module):
+    """A UNet whose inputs are tensors by position, as converters want it."""
+
+    def __init__(self, unet: nn.Module, names: tuple[str, ...]) -> None:
+        super().__init__()
+        self.unet, self.names = unet, names
+
+    def forward(self, sample: Tensor, timestep: Tensor, *others: Tensor) -> Tensor:
+        named = dict(zip(self.names, others, strict=True))
+        prediction: Tensor = self.unet(sample, timestep, return_dict=False, **named)[0]
+        return prediction
+
+
+def _nncf(unet: nn.Module, calls: Calls) -> Network:
+    import nncf
+    import openvino
+    from openvino import properties
+
+    def flat(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, ...]:
+        sample, timestep = args
+        steps = torch.as_tensor(timestep, dtype=torch.float32).reshape(-1).expand(len(sample)).contiguous()
+        return sample, steps, *(kwargs[name] for name in names)
+
+    names = tuple(name for name in calls[0][1] if name != "return_dict")
+    example = flat(*calls[0])
+    model = openvino.convert_model(_Flat(unet, names), example_input=example)
+    model.reshape({item: [-1, *example[index].shape[1:]] for index, item in enumerate(model.inputs)})
+    data = nncf.Dataset([[tensor.numpy() for tensor in flat(*call)] for call in calls])
+    quantized = nncf.quantize(model, data, subset_size=len(calls))
+    kept = sum(node.data.nbytes for node in quantized.get_ops() if node.get_type_name() == "Constant")
+    options = {
+        properties.hint.inference_precision(): "f32",
+        properties.inference_num_threads(): torch.get_num_threads(),
+    }
+    compiled = openvino.compile_model(quantized, "CPU", options)
+
+    def run(*args: Any, **kwargs: Any) -> tuple[Tensor]:
+        result = compiled([tensor.numpy() for tensor in flat(args, kwargs)])
+        return (torch.from_numpy(result[0].copy()),)
+
+    return Network(call=run, bytes=kept, bits="W8A8")
+
+
+def _ours(unet: nn.Module, calls: Calls, *, preset: str, learn: bool = False) -> Network:
+    import tempfile
+    from pathlib import Path
+
+    from qdiff_fx.report.documents import stored_bytes
+
+    prepared = qdiff_fx.prepare(unet, qdiff_fx.QDiffConfig.preset(preset))
+    learning = qdiff_fx.ReconstructionConfig.preset("fast") if learn else None
+    with torch.enable_grad():
+        qdiff_fx.calibrate(prepared, list(calls), reconstruction=learning, progress=False)
+    quantized = qdiff_fx.convert(prepared)
+    with tempfile.TemporaryDirectory() as folder:
+        qdiff_fx.save(quantized, folder)
+        kept = stored_bytes(Path(folder))
+    return Network(call=quantized, bytes=kept, bits=preset.upper())
+
+
+_UINT4: Mapping[str, Any] = {"weights_dtype": "uint4", "bits": "W4A32"}
+_DYNAMIC: Mapping[str, Any] = {"use_quantized_matmul": True, "use_quantized_matmul_conv": True, "bits": "W8A8 dynamic"}
+SDNQ: Mapping[str, Mapping[str, Any]] = {
+    "SDNQ int8": {"weights_dtype": "int8", "bits": "W8A32"},
+    "SDNQ int8, dynamic int8 activations": {"weights_dtype": "int8", **_DYNAMIC},
+    "SDNQ uint4": _UINT4,
+    "SDNQ uint4, SVD": {"use_svd": True, **_UINT4},
+    "SDNQ uint4, Hadamard rotation": {"use_hadamard": True, **_UINT4},
+}
+"""By default it leaves layers of fewer than 16,384 weights alone: on the bundled models, the most sensitive ones."""
+_EVERY_LAYER: Mapping[str, Any] = {"minimum_allowed_numel": 0, "minimum_allowed_channel_size": 0}
+
+PEERS: Mapping[str, Callable[[nn.Module, Calls], Network]] = {
+    "full precision": _full_precision,
+    "ours W8A8": partial(_ours, preset="w8a8"),
+    "ours W4A8": partial(_ours, preset="w4a8"),
+    "ours W4A32": partial(_ours, preset="w4a32"),
+    "ours W4A8, reconstructed": partial(_ours, preset="w4a8", learn=True),
+    "ours W8A8, reconstructed": partial(_ours, preset="w8a8", learn=True),
+    **{name: partial(_sdnq, **options) for name, options in SDNQ.items()},
+    **{f"{name}, every layer": partial(_sdnq, **_EVERY_LAYER, **options) for name, options in SDNQ.items()},
+    "torchao int8 weights, linears": partial(_torchao, config="Int8WeightOnlyConfig", bits="W8A32"),
+    "torchao int8, dynamic int8 activations, linears": partial(
+        _torchao, config="Int8DynamicActivationInt8WeightConfig", bits="W8A8 dynamic"
+    ),
+    "quanto int8 weights": partial(_quanto, weights="qint8", bits="W8A32"),
+    "quanto int8 weights and activations": partial(_quanto, weights="qint8", activations="qint8", bits="W8A8"),
+    "quanto int4 weights": partial(_quanto, weights="qint4", bits="W4A32"),
+    "NNCF int8 on OpenVINO": _nncf,
+}
+"""By the name in tables; ours and full precision stand among them so that all run through the same code."""

@@ -1,0 +1,31 @@
+"""What a cell was measured with: command, commit, machine, seed."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from qdiff_fx.report.machine import describe_machine
+
+
+def origin(seed: int) -> dict[str, Any]:
+    """Fields that every cell of every benchmark carries."""
+    command = shlex.join(["python", *sys.argv])
+    return {"command": command, "commit": commit(), "machine": describe_machine(), "seed": seed}
+
+
+def commit() -> str:
+    """Of the sources, with a mark if they are changed."""
+    root = Path(__file__).resolve().parents[1]
+    found = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=10"], cwd=root, capture_output=True, text=True, check=True
+    )
+    return found.stdout.strip()
+
+
+def slug(name: str) -> str:
+    """A file name for a cell."""
+    return "".join(letter if letter.isalnum() or letter in ".-" else "_" for letter in name.lower().replace(" ", "-"))
