@@ -27,7 +27,7 @@ demo: $(INSTALLED)
 # One core each: the cells of two commands never meet. The peers' table has whatever tools .venv can import.
 results: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/quality.py --work $(RESULTS)/quality --cells "*/RTN MSE" "*/split"
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/peers_table.py --work $(RESULTS)/peers --frechet 500 & peers=$$!; \
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/peers_table.py --work $(RESULTS)/peers --frechet 250 & peers=$$!; \
 	  OMP_NUM_THREADS=1 $(BIN)/python benchmarks/results.py --work $(RESULTS)/studies && wait $$peers
 
 test: lint

@@ -34,14 +34,16 @@ from qdiff_fx.safe_io import read_json, write_json
 MODELS = {"fashion-uncond": 1.0, "fashion-cond": 3.0}
 """Bundled models with their guidance scale."""
 STEPS, IMAGES, NOISE_SEED, CALIBRATION_SEED = 50, 16, 1000, 0
-FRECHET_STEPS, CHUNK = 20, 100
+FRECHET_STEPS, CHUNK, FRECHET_MODELS = 20, 50, ("fashion-uncond",)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder of data, samples and finished cells")
     parser.add_argument("--cells", nargs="*", default=["*"], help="globs over MODEL/PEER; nothing writes the page only")
-    parser.add_argument("--frechet", type=int, default=0, metavar="N", help="also the distance of N samples (0: not)")
+    parser.add_argument(
+        "--frechet", type=int, default=0, metavar="N", help="distance of N samples, unconditional model"
+    )
     parser.add_argument("--docs", type=Path, default=Path("docs"))
     arguments = parser.parse_args()
     bench = Bench(arguments.work)
@@ -76,10 +78,11 @@ class Bench:
     def run(self, name: str, frechet: int) -> None:
         """Measure what the cell lacks; an error becomes the cell."""
         row = read_json(self.path(name)) if self.path(name).is_file() else {}
-        lacks_distance = frechet > (row.get("distribution") or {}).get("samples", 0)
+        model, _, peer = name.partition("/")
+        known = (row.get("distribution") or {}).get("samples", 0)
+        lacks_distance = model in FRECHET_MODELS and frechet > known
         if row and (not lacks_distance or row.get("error")):
             return
-        model, _, peer = name.partition("/")
         source = self.source(model)
         row = row or {"cell": name, "model": model, "peer": peer, "error": None} | origin(NOISE_SEED) | _versions()
         try:

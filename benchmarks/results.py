@@ -43,7 +43,7 @@ from results_studies import STUDIES
 
 STEPS, CHUNK = 20, 250
 MAIN_ARMS, MAIN_SEEDS, MAIN_SAMPLES = ("full precision", "linear RTN W4A8", "ours W8A8", "ours W4A8"), (1, 2, 3), 5000
-OTHER_SEED, OTHER_SAMPLES = 1, 2000
+OTHER_SEED, OTHER_SAMPLES, GUIDED_SAMPLES = 1, 2000, 500
 MODELS = {"fashion-uncond": 1.0, "fashion-cond": 3.0}
 """Bundled models with the guidance scale that their card recommends."""
 GUIDED_ARMS = ("full precision", "linear RTN W4A8", "ours W8A8", "ours W4A8")
@@ -74,9 +74,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder of data, models, samples and finished cells")
     parser.add_argument("--cells", nargs="*", default=["*"], help="globs over cell names; nothing writes the page only")
     parser.add_argument("--share", type=float, default=1.0, help="of the samples that a full run takes (1)")
-    parser.add_argument(
-        "--eager", action="store_true", help="do not compile the networks that thousands are drawn from"
-    )
+    parser.add_argument("--eager", action="store_true", help="compile nothing: better for a few hundred samples")
     parser.add_argument("--docs", type=Path, default=Path("docs"))
     arguments = parser.parse_args()
     warnings.simplefilter("ignore", QDiffWarning)  # W4A4 is doubtful; its figures are in the table
@@ -215,7 +213,7 @@ def _guided(arm: str, scale: float) -> Callable[[Bench], dict[str, Any]]:
         from qdiff_fx.evaluation import asked_class_share
 
         model, seed = "fashion-cond", OTHER_SEED
-        images = bench.samples(model, arm, bench.scaled(OTHER_SAMPLES), seed, guidance=scale)
+        images = bench.samples(model, arm, bench.scaled(GUIDED_SAMPLES), seed, guidance=scale)
         classes = torch.arange(len(images)) % CHUNK % 10  # every chunk begins with class 0
         row = {"arm": arm, "guidance": scale, "seed": seed, "steps": STEPS} | bench.distribution(images)
         row["asked_class_share"] = asked_class_share(images, classes)

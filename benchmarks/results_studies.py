@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from statistics import median
 from typing import Any
@@ -14,6 +15,7 @@ from qdiff_fx.fake_quantize import QuantizerMode
 from qdiff_fx.graph.meta import LAYER, SPLIT_PART
 from qdiff_fx.report.documents import most_varying
 from qdiff_fx.report.inspection import inspect_prepared
+from qdiff_fx.safe_io import read_tensors, write_tensors
 from qdiff_fx.stages import observe_and_fit
 
 MODEL = "fashion-uncond"
@@ -62,13 +64,7 @@ def growth(bits: int) -> Cell:
         prepared = qdiff_fx.prepare(source.unet, qdiff_fx.QDiffConfig(**{**PLAIN, "weight_bits": bits}))
         observe_and_fit(prepared, data, 32, None, False)
         prepared.set_mode(QuantizerMode.QUANTIZE)
-        noise = source.noise(GROWTH_IMAGES, GROWTH_SEED)
-        scheduler = source.require_scheduler()
-
-        def steps(network: Any) -> Any:
-            return sample_ddim(network, scheduler, noise, num_inference_steps=GROWTH_STEPS, keep_steps=True).steps
-
-        exact, seen = steps(source.unet), steps(prepared)
+        exact, seen = _exact_steps(bench), _steps(bench, prepared)
         return {
             "bits": bits,
             "seed": GROWTH_SEED,
@@ -80,12 +76,30 @@ def growth(bits: int) -> Cell:
     return measure
 
 
+def _steps(bench: Any, network: Any) -> tuple[torch.Tensor, ...]:
+    source = bench.source(MODEL)
+    noise = source.noise(GROWTH_IMAGES, GROWTH_SEED)
+    return sample_ddim(
+        network, source.require_scheduler(), noise, num_inference_steps=GROWTH_STEPS, keep_steps=True
+    ).steps
+
+
+def _exact_steps(bench: Any) -> tuple[torch.Tensor, ...]:
+    """Full precision's, run once and kept in the work folder."""
+    path = bench.work / "growth-full-precision.safetensors"
+    if not path.is_file():
+        write_tensors(path, {"steps": torch.stack(_steps(bench, bench.source(MODEL).unet))})
+    return tuple(read_tensors(path)["steps"])
+
+
 def activations(bench: Any) -> dict[str, Any]:
     """Ranges of every quantized activation by timestep."""
     prepared = qdiff_fx.prepare(bench.source(MODEL).unet, qdiff_fx.QDiffConfig.preset("w8a8", **PLAIN))
     report = qdiff_fx.calibrate(prepared, bench.calibration(MODEL), progress=False)
-    ratios = {}
-    for row in report.quantizers:
+    ratios: dict[str, float] = {}
+    # A tensor that several layers read through quantizers of their own (the time embedding) counts once.
+    distinct = {json.dumps(row["by_timestep"]): row for row in reversed(report.quantizers)}
+    for row in list(distinct.values())[::-1]:
         spans = [high - low for _, low, high in row["by_timestep"]]
         if len(spans) > 1 and min(spans) > 0:
             ratios[str(row["name"])] = max(spans) / min(spans)
@@ -107,7 +121,7 @@ def shortcuts(bench: Any) -> dict[str, Any]:
     for node in prepared.graph_module.graph.nodes:
         policy = LAYER.get(node)
         if SPLIT_PART.get(node) is not None and policy is not None and policy.name in weights:
-            weight = weights[policy.name]
+            weight = weights[policy.name].detach()
             edges = [float(weight.min()), float(weight.max())]
             parts.setdefault(policy.name.rpartition("#")[0], []).append(edges)
     return {"shortcuts": inspect_prepared(prepared).to_dict()["shortcuts"], "weights": parts}
