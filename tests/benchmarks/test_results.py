@@ -41,12 +41,18 @@ def page(tmp_path: Path, rows: list[dict[str, Any]]) -> str:
 def test_distances_are_judged_against_full_precision_seed_by_seed(tmp_path: Path) -> None:
     rows = [
         method(arm, seed, distance * (1 + 0.1 * seed))
-        for arm, distance in (("full precision", 10.0), ("ours W8A8", 10.4), ("ours W4A8", 13.0))
+        for arm, distance in (
+            ("full precision", 10.0),
+            ("ours W8A8", 10.4),
+            ("ours W4A8", 13.0),
+            ("linear RTN W4A8", 12.0),
+        )
         for seed in (1, 2)
     ]
     text = page(tmp_path, rows)
     assert "- reached: ours W8A8 at most 1.05x of full precision's distance: 1.040 ± 0.000x over 2 seed(s)" in text
     assert "- NOT reached: ours W4A8 at most 1.25x" in text
+    assert "The effect does NOT show in the distance: 1.200" in text
     assert "1,000 + 1,000" in text
     assert "Not measured yet: shortcuts." in text
 
