@@ -53,6 +53,7 @@ from qdiff_fx.stages import (
     fitting_anew,
     guard,
     hold_out,
+    layer_errors,
     learn_blocks,
     measure_quality,
     meet_target,
@@ -183,6 +184,10 @@ def _calibrate(
         reconstruction=tuple(block.to_dict() for block in blocks),
         factors=tuple(asdict(choice) for choice in (*folded, *decisions.factors)),
         raises=tuple(item.to_dict() for item in raises),
+        sensitivity=tuple(
+            {"name": name, "error": error}
+            for name, error in layer_errors(prepared.graph_module, decisions.estimate).items()
+        ),
         quality={
             "samples": len(held),
             "pooled_db": _finite_or_none(quality.pooled_db),

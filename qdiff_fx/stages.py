@@ -288,15 +288,21 @@ def guard(quality: SqnrResult, decisions: Decisions, prepared: PreparedUNet) -> 
 
 def worst_layers(graph_module: fx.GraphModule, estimate: ErrorEstimate | None, count: int = 3) -> tuple[str, ...]:
     """Names of the layers whose quantizers are predicted to cause most of the remaining error."""
-    if estimate is None:
-        return ()
+    errors = layer_errors(graph_module, estimate)
+    return tuple(sorted(errors, key=lambda name: -errors[name])[:count])
+
+
+def layer_errors(graph_module: fx.GraphModule, estimate: ErrorEstimate | None) -> dict[str, float]:
+    """Predicted relative error that each layer's quantizers cause alone, at their present widths, in network order."""
     errors: dict[str, float] = {}
+    if estimate is None:
+        return errors
     for weight in weight_units(graph_module):
         by_bits = estimate.weights.get(weight.target, {})
         errors[weight.name] = errors.get(weight.name, 0.0) + by_bits.get(weight.quantizer.spec.bits, 0.0)
     for unit in input_units(graph_module):
         errors[unit.name] = errors.get(unit.name, 0.0) + estimate.inputs.get(unit.target, 0.0)
-    return tuple(sorted(errors, key=lambda name: -errors[name])[:count])
+    return errors
 
 
 def _weight_slack(prepared: PreparedUNet) -> float:

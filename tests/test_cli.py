@@ -113,7 +113,9 @@ def test_evaluate_writes_figures_that_report_renders(
     assert figures["table"][0]["sqnr_pooled_db"] > 20  # W8A8
     assert figures["sizes"]["quantized"] < figures["sizes"]["fp32"]
     assert main(["report", str(tmp_path)]) == 0
-    assert "end-point" in (tmp_path / "report.html").read_text()
+    html = (tmp_path / "report.html").read_text()
+    assert "end-point" in html
+    assert html.count("data:image/png;base64,") == 2  # pictures of both networks
 
 
 def test_evaluate_measures_parts_distributions_and_intervals_on_request(
@@ -146,9 +148,30 @@ def test_evaluate_asks_for_an_extractor_of_networks_that_are_not_bundled(
     assert "want NAME=MODULE:NAME" in error_line(capsys, "evaluate", "a", "b", "--metric", "json:dumps")
 
 
-def test_quantize_leaves_a_run_that_report_renders(quantized: Path) -> None:
-    assert main(["report", str(quantized)]) == 0
-    assert "conv_shortcut#1" in (quantized / "report.html").read_text()
+def test_quantize_leaves_a_run_that_report_renders(quantized: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    document = json.loads((quantized / "calibration.json").read_text())
+    assert any(row["error"] is not None and row["error"] > 0 for row in document["layers"])
+    assert main(["report", str(quantized), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["report"] == str(quantized / "report.html")
+    assert any(item["text"].startswith("12 calibration inputs at 3 timesteps are too few") for item in told["advice"])
+    html = (quantized / "report.html").read_text()
+    assert "conv_shortcut#1" in html
+    assert 'class="heat"' in html
+
+
+def test_a_saved_network_alone_has_a_report_too(quantized: Path, tmp_path: Path) -> None:
+    alone = tmp_path / "alone"
+    shutil.copytree(quantized, alone, ignore=shutil.ignore_patterns("calibration.json", "report.html"))
+    assert main(["report", str(alone), "--out", str(tmp_path / "page.html")]) == 0
+    html = (tmp_path / "page.html").read_text()
+    assert "conv_shortcut#1" in html and "skip connections" in html and "dB SQNR" in html
+
+
+def test_a_report_is_an_html_file(quantized: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "want the name of an HTML file, such as page.html" in error_line(
+        capsys, "report", str(quantized), "--out", "page.txt"
+    )
 
 
 @pytest.mark.parametrize(
@@ -291,10 +314,10 @@ def test_only_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> N
 def test_an_unexpected_failure_is_one_line_and_status_1(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    def fail(folder: Path) -> Path:
+    def fail(source: Path) -> Path:
         raise RuntimeError("the\nsky fell")
 
-    monkeypatch.setattr("qdiff_fx.cli.report.write_report", fail)
+    monkeypatch.setattr("qdiff_fx.cli.report.read_page", fail)
     assert main(["report", str(tmp_path)]) == 1
     assert capsys.readouterr().err == "qdiff-fx report: RuntimeError: the sky fell (--debug shows where)\n"
 
@@ -358,5 +381,6 @@ def test_the_demo_leaves_every_file_it_speaks_of(tmp_path: Path, capsys: pytest.
     }
     report = (tmp_path / "report.html").read_text()
     assert all((tmp_path / picture).stat().st_size > 1000 for picture in document["pictures"].values())
-    assert 'src="http' not in report and report.count("data:image/png;base64,") >= len(document["pictures"])
+    assert report.count("data:image/png;base64,") == len(document["samples"]) == 4
+    assert all((tmp_path / sample["file"]).is_file() for sample in document["samples"])
     assert "open " in shown and all(preset.upper() in shown for preset in ("w4a8", "w8a8"))

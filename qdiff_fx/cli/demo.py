@@ -23,10 +23,12 @@ from qdiff_fx.evaluation.arms import ARMS, STUDY_PRESETS, Arm, pass_activations,
 from qdiff_fx.evaluation.study import Measurement, Yardstick
 from qdiff_fx.fake_quantize import QuantizerMode
 from qdiff_fx.report import documents, plots
+from qdiff_fx.report.block_graph import block_graph
 from qdiff_fx.report.html import write_report
 from qdiff_fx.report.inspection import Inspection, inspect_prepared
 from qdiff_fx.report.machine import describe_machine
 from qdiff_fx.report.pictures import LabelledRow, save_comparison
+from qdiff_fx.report.strips import save_strips
 from qdiff_fx.report.tables import ARM_HEADER, ARM_NUMERIC, arm_cells, decibels, file_size, text_table
 from qdiff_fx.safe_io import write_json
 
@@ -156,6 +158,8 @@ class Converted:
 
     inspection: Inspection
     layers: list[dict[str, Any]]
+    graph: dict[str, Any]
+    raises: list[dict[str, Any]]
     channels: list[dict[str, Any]]
     backend: str
     integer_sqnr_db: float
@@ -187,7 +191,9 @@ def _quantize(demo: Demo, preset: str, data: CalibrationSet, yardstick: Yardstic
         _show(demo, f"qdiff {name}", f"integer model from disk\n{psnr} dB end-point PSNR", quantized)
     return Converted(
         inspection=inspection,
-        layers=documents.layer_rows(inspection, quantized.lowering_report()),
+        layers=documents.layer_rows(inspection, quantized.lowering_report(), report.sensitivity),
+        graph=block_graph(quantized.plan),
+        raises=list(report.raises),
         channels=documents.widest_channels(report.factors),
         backend=quantized.backend,
         integer_sqnr_db=integer_sqnr.pooled_db,
@@ -243,7 +249,7 @@ def _document(demo: Demo, yardstick: Yardstick, data: CalibrationSet, shown: Con
     parameters = sum(parameter.numel() for parameter in demo.source.unet.parameters())
     return {
         "kind": "demo",
-        "model": {"name": MODEL, "parameters": parameters, "layers": len(shown.inspection.layers)},
+        "model": {"name": MODEL, "preset": "w4a8", "parameters": parameters, "layers": len(shown.inspection.layers)},
         "machine": describe_machine(),
         "settings": {
             "steps": demo.steps,
@@ -265,7 +271,10 @@ def _document(demo: Demo, yardstick: Yardstick, data: CalibrationSet, shown: Con
             for row in demo.rows[1:]
         },
         "shortcuts": shown.inspection.to_dict()["shortcuts"],
+        "samples": save_strips(demo.folder, demo.rows),
         "layers": shown.layers,
+        "graph": shown.graph,
+        "raises": shown.raises,
         "channels": shown.channels,
         "seconds": demo.seconds,
     }

@@ -15,6 +15,7 @@ from qdiff_fx.errors import InputError
 from qdiff_fx.evaluation import confident_share
 from qdiff_fx.report.documents import stored_bytes, table_row
 from qdiff_fx.report.machine import describe_machine
+from qdiff_fx.report.strips import save_samples
 from qdiff_fx.report.tables import decibels, file_size, text_table
 from qdiff_fx.safe_io import write_json
 
@@ -108,6 +109,8 @@ def run(arguments: Namespace) -> None:
     if arguments.frechet is not None:
         document["distribution"] = measurements.distribution(source, quantized, arguments)
     if arguments.out is not None:
+        images = {"full precision": yardstick.reference.images, arguments.quantized: measurement.images}
+        document["samples"] = save_samples(output_folder(arguments.out), images)
         write_json(output_folder(arguments.out) / "evaluation.json", document)
     if arguments.json:
         print(json.dumps(document, indent=1))

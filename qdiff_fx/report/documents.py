@@ -1,4 +1,4 @@
-"""The JSON documents that runs leave behind, and the headline figures that a report shows of them."""
+"""The JSON documents that runs leave behind: all that a report shows."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from typing import Any
 from qdiff_fx.calibration.report import CalibrationReport
 from qdiff_fx.evaluation import confident_share
 from qdiff_fx.evaluation.study import Measurement
+from qdiff_fx.graph.meta import BLOCK, LAYER
 from qdiff_fx.lowering import LoweringReport
 from qdiff_fx.model import QuantizedUNet
+from qdiff_fx.report.block_graph import block_graph
 from qdiff_fx.report.inspection import Inspection
 from qdiff_fx.report.machine import describe_machine
-from qdiff_fx.report.tables import decibels, file_size, percent
 
 _FP32, _FP16 = 4, 2
 
@@ -32,8 +33,15 @@ def full_precision_sizes(inspection: Inspection) -> dict[str, int]:
     return {"fp32": _FP32 * parameters, "fp16": _FP16 * parameters}
 
 
-def layer_rows(inspection: Inspection, lowering: LoweringReport) -> list[dict[str, Any]]:
-    """A row a layer and attention of the integer model: bits, bytes before and after, kernel, reason."""
+def layer_rows(
+    inspection: Inspection, lowering: LoweringReport, sensitivity: Sequence[Mapping[str, Any]] = ()
+) -> list[dict[str, Any]]:
+    """A row a layer and attention of the integer model: bits, bytes, kernel, reason, block, predicted error.
+
+    Args:
+      sensitivity: of a CalibrationReport; () leaves every "error" None.
+    """
+    errors = {row["name"]: row["error"] for row in sensitivity}
     layers = {row.name: row for row in inspection.layers}
     attentions = {row.name: row for row in inspection.attentions}
     rows = []
@@ -47,7 +55,10 @@ def layer_rows(inspection: Inspection, lowering: LoweringReport) -> list[dict[st
                 "bytes": row.bytes,
                 "bytes_before": layer.bytes_before if layer else 0,
                 "kernel": row.kernel,
-                "reason": row.fallback or (layer.reason if layer and layer.reason != "config" else ""),
+                "fallback": row.fallback,
+                "reason": layer.reason if layer and layer.reason != "config" else "",
+                "block": layer.block if layer else None,
+                "error": errors.get(row.layer),
             }
         )
     return rows
@@ -80,12 +91,52 @@ def calibration_document(
         "calibration": {"rows": report.samples, "timesteps": list(report.timesteps), "seconds": report.seconds},
         "sizes": full_precision_sizes(inspection) | {preset: stored},
         "shortcuts": inspection.to_dict()["shortcuts"],
-        "layers": layer_rows(inspection, quantized.lowering_report()),
+        "layers": layer_rows(inspection, quantized.lowering_report(), report.sensitivity),
+        "graph": block_graph(quantized.plan),
+        "backend": quantized.backend,
         "quality": report.quality,
+        "reconstruction": list(report.reconstruction),
         "factors": list(report.factors),
         "channels": widest_channels(report.factors),
         "raises": list(report.raises),
         "total_seconds": report.seconds,
+    }
+
+
+def stored_document(name: str, quantized: QuantizedUNet, stored: int) -> dict[str, Any]:
+    """What a quantized network tells by itself, without the run that made it: for report.html of a saved folder."""
+    policies = {
+        policy.name: (policy, BLOCK.get(node))
+        for node in quantized.plan.graph.nodes
+        if (policy := LAYER.get(node)) is not None
+    }
+    rows = []
+    for row in quantized.lowering_report().rows:
+        policy, block = policies.get(row.layer, (None, None))
+        rows.append(
+            {
+                "name": row.layer,
+                "weight_bits": policy.weight.bits if policy and policy.weight else None,
+                "activation_bits": policy.activation.bits if policy and policy.activation else None,
+                "bytes": row.bytes,
+                "kernel": row.kernel,
+                "fallback": row.fallback,
+                "reason": policy.reason if policy and policy.reason != "config" else "",
+                "block": block,
+            }
+        )
+    calibration = quantized.calibration
+    return {
+        "kind": "quantize",
+        "model": {"name": name, "preset": "quantized"},
+        "machine": describe_machine(),
+        "calibration": {"rows": calibration.get("samples"), "timesteps": calibration.get("timesteps", [])},
+        "sizes": {"quantized": stored},
+        "layers": rows,
+        "graph": block_graph(quantized.plan),
+        "backend": quantized.backend,
+        "quality": calibration.get("quality", {}),
+        "raises": calibration.get("raises", []),
     }
 
 
@@ -108,37 +159,6 @@ def table_row(arm: str, title: str, preset: str, measurement: Measurement, *, cl
 def finite(value: float) -> float | None:
     """JSON has no infinity: None stands for equal signals."""
     return value if math.isfinite(value) else None
-
-
-def cards(run: Mapping[str, Any]) -> list[dict[str, str]]:
-    """The headline figures of a run: size and quality of its integer models."""
-    rows = {(row["arm"], row["preset"]): row for row in run.get("table", ())}
-    sizes = run.get("sizes", {})
-    result = []
-    for preset in (name for name in sizes if not name.startswith("fp")):
-        share = sizes[preset] / sizes["fp32"]
-        result.append(
-            {
-                "label": f"{preset.upper()} weights",
-                "value": f"{1 / share:.1f}×",
-                "unit": "smaller",
-                "detail": f"{file_size(sizes[preset])}, {percent(share)} of {file_size(sizes['fp32'])} in FP32",
-            }
-        )
-    for (arm, preset), row in rows.items():
-        if arm != "ours":
-            continue
-        baseline = rows.get(("rtn", preset))
-        comparison = f"; rounded to nearest: {decibels(baseline['psnr_median_db'])} dB" if baseline else ""
-        result.append(
-            {
-                "label": f"{preset.upper()} pictures",
-                "value": decibels(row["psnr_median_db"]),
-                "unit": "dB PSNR",
-                "detail": f"against full precision, same noise{comparison}",
-            }
-        )
-    return result
 
 
 def most_varying(quantizers: Sequence[Mapping[str, Any]], count: int) -> list[dict[str, Any]]:

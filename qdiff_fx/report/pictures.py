@@ -17,7 +17,7 @@ from qdiff_fx.errors import InputError
 from qdiff_fx.report.plots import INK, MUTED, clean_axes, save_figure
 from qdiff_fx.safe_io import replacing
 
-_GAP = 2
+GAP = 2
 """Pixels between two images."""
 
 
@@ -45,9 +45,9 @@ def image_strip(images: Tensor, columns: int) -> np.ndarray[tuple[int, ...], np.
     count, _, height, width = images.shape
     columns = min(columns, count)
     rows = -(-count // columns)
-    canvas = torch.ones(3, rows * (height + _GAP) - _GAP, columns * (width + _GAP) - _GAP)
+    canvas = torch.ones(3, rows * (height + GAP) - GAP, columns * (width + GAP) - GAP)
     for index, image in enumerate(images.detach().float().clamp(0, 1)):
-        top, left = index // columns * (height + _GAP), index % columns * (width + _GAP)
+        top, left = index // columns * (height + GAP), index % columns * (width + GAP)
         canvas[:, top : top + height, left : left + width] = image
     return (canvas.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
 

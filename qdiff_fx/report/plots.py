@@ -11,6 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from qdiff_fx.report.names import short_name
+from qdiff_fx.report.run_charts import grid_edges
 from qdiff_fx.safe_io import replacing
 
 INK, MUTED, GRID = "#1f2933", "#66727f", "#e3e7eb"
@@ -118,10 +120,10 @@ def plot_activation_ranges(path: Path, quantizers: Sequence[Mapping[str, Any]]) 
             axes.fill_between(timesteps, minima, maxima, color=COLOURS["ours"], alpha=0.22, linewidth=0)
             axes.plot(timesteps, minima, color=COLOURS["ours"], linewidth=1.3)
             axes.plot(timesteps, maxima, color=COLOURS["ours"], linewidth=1.3)
-            for edge in _grid_edges(row):
+            for edge in grid_edges(row):
                 axes.axhline(edge, color=COLOURS["rtn"], linewidth=1, linestyle=":")
             axes.invert_xaxis()
-            axes.set_title(_short(str(row["name"])), fontsize=8)
+            axes.set_title(short_name(str(row["name"])), fontsize=8)
             axes.tick_params(labelsize=8)
         figure.supxlabel("timestep", fontsize=9.5)
         figure.supylabel("activation value", fontsize=9.5)
@@ -153,7 +155,7 @@ def plot_shortcut_ranges(path: Path, shortcuts: Sequence[Mapping[str, Any]]) -> 
                     label=_PARTS[index] if position == 0 and index < len(_PARTS) else None,
                 )
             axes.text(1.02 * limit, position, f"{row['range_ratio']:.2f}×", va="center", fontsize=8.5, color=INK)
-        axes.set_yticks(range(len(shown)), [_short(str(row["layer"])) for row in shown], fontsize=8.5)
+        axes.set_yticks(range(len(shown)), [short_name(str(row["layer"])) for row in shown], fontsize=8.5)
         axes.invert_yaxis()
         axes.grid(axis="y", visible=False)
         axes.axvline(0, color=MUTED, linewidth=0.8)
@@ -168,30 +170,6 @@ _PARTS = ("deep path", "skip connection")
 
 def _edges(part: Mapping[str, Any]) -> tuple[float, float]:
     return min(float(part["minimum"]), 0.0), max(float(part["maximum"]), 0.0)
-
-
-def _grid_edges(row: Mapping[str, Any]) -> tuple[float, float]:
-    """What the quantizer's lowest and highest code stand for."""
-    highest = 2 ** int(row["bits"]) - 1
-    scale, zero_point = float(row["scale"]), int(row["zero_point"])
-    return -zero_point * scale, (highest - zero_point) * scale
-
-
-def _short(name: str) -> str:
-    """A module path that fits over a small plot."""
-    for long, short in (
-        ("down_blocks", "down"),
-        ("up_blocks", "up"),
-        ("mid_block", "mid"),
-        ("resnets", "res"),
-        ("attentions", "attn"),
-        ("conv_shortcut", "shortcut"),
-        ("time_emb_proj", "time"),
-        ("time_emb_proj", "time"),
-        (".input", ""),
-    ):
-        name = name.replace(long, short)
-    return name
 
 
 def clean_axes(axes: Axes) -> None:
