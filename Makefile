@@ -4,6 +4,7 @@
 #   make test       the whole gate
 #   make test-slow  the tests that take minutes
 #   make results the published studies and the table against other tools, into docs/; hours, resumable (RESULTS=folder)
+#   make docs       the site, into site/ (its tools go into .venv)
 #   make gpu        on a machine with an NVIDIA GPU: kernels against the reference, then latency into docs/results-cuda.md
 #   make format     rewrite the sources as the gate wants them
 #   make clean      remove everything that make and the tools wrote, .venv included
@@ -18,7 +19,7 @@ RESULTS ?= runs/results
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo results test test-slow gpu lint format clean install
+.PHONY: demo results test test-slow docs gpu lint format clean install
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -35,6 +36,11 @@ test: lint
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -q -m slow
+
+# Its theme announces its successor at every build; the build itself is to be without a word.
+docs: .venv/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "open site/index.html"
 
 gpu: $(INSTALLED)
 	TRITON_INTERPRET=0 $(BIN)/python -m pytest -q -m "slow or not slow" -k cuda \
@@ -67,6 +73,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c .venv/constraints.txt --no-build-isolation -e '.[report,eval,dev]'
 	touch $@
 
+.venv/.docs: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c .venv/constraints.txt --no-build-isolation -e '.[docs]'
+	touch $@
+
 clean:
-	rm -rf .venv build dist demo *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf .venv build dist demo site *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
