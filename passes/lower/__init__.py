@@ -14,6 +14,7 @@ from qdiff_fx.passes.lower.qdq import QuantizeDequantizeLayers, QuantizeDequanti
 from qdiff_fx.passes.lower.quantize import LowerQuantize
 from qdiff_fx.passes.lower.signed_codes import CancelSignChanges
 from qdiff_fx.passes.lower.x86_layers import LowerX86Layers
+from qdiff_fx.passes.lower.x86_siblings import MergeLinears, ShareQuantizeSteps
 
 LOWER: Mapping[str, tuple[GraphPass, ...]] = {
     "reference": (),
@@ -22,7 +23,14 @@ LOWER: Mapping[str, tuple[GraphPass, ...]] = {
         QuantizeDequantizeWeights(),
         DropAttentionQuantizers("the standard form has no operator for quantized attention"),
     ),
-    "x86": (LowerX86Layers(), LowerQuantize(), DequantizeWeights(), DropAttentionQuantizers()),
+    "x86": (
+        ShareQuantizeSteps(),
+        MergeLinears(),
+        LowerX86Layers(),
+        LowerQuantize(),
+        DequantizeWeights(),
+        DropAttentionQuantizers(),
+    ),
     "openvino": (
         DequantizeWeights(),
         DropAttentionQuantizers("OpenVINO has no int8 attention kernel"),

@@ -21,8 +21,9 @@ qdiff = torch.ops.qdiff
 class LowerQuantize(RewritePass[fx.Node]):
     """qdiff.quantize becomes the ATen calls of `reference.quantize_activation`, images channels_last.
 
-    The calls are traced from the reference, so that its arithmetic is not written down a second time. The layout is
-    what integer convolutions read; compiled, it is only the order in which the fused kernel writes.
+    The calls are traced from the reference, so that its arithmetic is not written down a second time. The layout,
+    contiguous where it is no image, is what integer layers read; compiled, it is only the order in which the fused
+    kernel writes.
 
     Left alone: nothing.
 
@@ -52,8 +53,9 @@ class LowerQuantize(RewritePass[fx.Node]):
                     values[node] = graph.call_function(node.target, args, kwargs)
                 else:
                     result: fx.Node = values[node.args[0]]
-            if len(shape_of(match) or ()) == 4:
-                result = graph.call_function(aten.contiguous.default, (result,), {"memory_format": torch.channels_last})
+            image = len(shape_of(match) or ()) == 4
+            layout: dict[str, Any] = {"memory_format": torch.channels_last if image else torch.contiguous_format}
+            result = graph.call_function(aten.contiguous.default, (result,), layout)
         # Fake values of the steps between would take seconds for a large network, and nothing reads them.
         for node in values.values():
             if node not in (x, inv_scale):

@@ -1,0 +1,149 @@
+"""Linears that read the same codes run as one: a small linear costs its call, whatever it multiplies."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from qdiff_fx.graph.edit import create_call, get_tensor, shape_of
+from qdiff_fx.graph.meta import KERNEL
+from qdiff_fx.kernels.x86 import OUTPUT_DTYPES, prepack_linear
+from qdiff_fx.passes.base import GraphPass, PassContext, PassResult, finish
+from qdiff_fx.passes.lower.integer_layers import (
+    IntegerLayer,
+    add_constant,
+    integer_layer,
+    stored_tensor,
+    value_like,
+)
+from qdiff_fx.passes.lower.stored_weights import computed_operands
+
+aten = torch.ops.aten
+qdiff = torch.ops.qdiff
+
+
+class ShareQuantizeSteps(GraphPass):
+    """Quantize steps of one tensor on one grid become one, so that their readers can be recognised as siblings.
+
+    Every ResNet block of a diffusers UNet applies SiLU to the time embedding on its own; equal SiLUs become one too.
+
+    Left alone: steps whose scales differ (learned ones, channel factors of their own).
+    """
+
+    def run(self, graph_module: fx.GraphModule, context: PassContext) -> PassResult:
+        seen: dict[Any, fx.Node] = {}
+        rewrites = []
+        for node in list(graph_module.graph.nodes):
+            if node.target is aten.silu.default:
+                key: Any = (node.target, node.args[0])
+            elif node.target is qdiff.quantize.default:
+                scale = get_tensor(graph_module, node.args[1].target)
+                key = (
+                    node.target,
+                    node.args[0],
+                    tuple(scale.shape),
+                    scale.flatten().tolist().__repr__(),
+                    node.args[2:],
+                )
+            else:
+                continue
+            first = seen.setdefault(key, node)
+            if first is not node:
+                node.replace_all_uses_with(first)
+                graph_module.graph.erase_node(node)
+                rewrites.append(node.name)
+        if rewrites:
+            finish(graph_module)
+        return PassResult(name=self.name, modified=bool(rewrites), rewrites=tuple(rewrites))
+
+
+class MergeLinears(GraphPass):
+    """Linears that read the same codes become one qdiff.x86_linear and a slice each: the same sums, fewer calls.
+
+    That is q, k and v of a self-attention, k and v of all cross-attentions, the time projections of all blocks. Rows of
+    a weight have scales of their own, so nothing is rounded otherwise.
+
+    Left alone: convolutions; linears whose constants are computed; everything where every layer's own result is wanted
+    (`context.separate`).
+    """
+
+    def run(self, graph_module: fx.GraphModule, context: PassContext) -> PassResult:
+        rewrites: list[str] = []
+        for group in [] if context.separate else sibling_linears(graph_module):
+            if len(group) > 1:
+                _merge(group, graph_module)
+                rewrites += [layer.node.name for layer in group]
+        if rewrites:
+            finish(graph_module)
+        return PassResult(name=self.name, modified=bool(rewrites), rewrites=tuple(rewrites))
+
+
+def sibling_linears(graph_module: fx.GraphModule) -> list[list[IntegerLayer]]:
+    """The integer linears of the graph, those that read the same codes together."""
+    groups: dict[Any, list[IntegerLayer]] = {}
+    for node in graph_module.graph.nodes:
+        layer = integer_layer(node)
+        if layer is None or layer.is_conv2d or computed_operands(_constants(layer)) is not None:
+            continue
+        key = (layer.x, layer.x_scale, layer.x_zero_point, layer.output_dtype)
+        groups.setdefault(key, []).append(layer)
+    return list(groups.values())
+
+
+def merged_operands(
+    group: Iterable[IntegerLayer], graph_module: fx.GraphModule
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Weight [sum of O, C] int8, its scale and its bias (float32) of linears as one."""
+    weights, scales, biases = [], [], []
+    for layer in group:
+        weights.append(layer.integers(graph_module))
+        scale, bias = (stored_tensor(graph_module, item) for item in (layer.weight_scale, layer.bias))
+        assert scale is not None
+        scales.append(scale)
+        biases.append(torch.zeros_like(scale) if bias is None else bias.to(torch.float32))
+    has_bias = any(layer.bias is not None for layer in group)
+    return torch.cat(weights), torch.cat(scales), torch.cat(biases) if has_bias else None
+
+
+def _constants(layer: IntegerLayer) -> list[fx.Node]:
+    return [item for item in layer.node.args[1:6] if isinstance(item, fx.Node)]
+
+
+def _merge(group: list[IntegerLayer], graph_module: fx.GraphModule) -> None:
+    graph, first = graph_module.graph, group[0]
+    weight, scale, bias = merged_operands(group, graph_module)
+    kernel_dtype = first.output_dtype if first.output_dtype in OUTPUT_DTYPES else torch.float32
+    rank = len(shape_of(first.x) or ())
+    name = f"x86_{first.node.name}_merged"
+    with graph.inserting_before(first.node):
+        packed = add_constant(graph_module, f"{name}_weight", prepack_linear(weight))  # packed: has no fake form
+        constants = [
+            None if tensor is None else add_constant(graph_module, f"{name}_{role}", tensor)
+            for role, tensor in (("scale", scale), ("bias", bias))
+        ]
+        operands = (first.x, packed, *constants, first.x_scale, first.x_zero_point, len(weight), kernel_dtype)
+        node = graph.call_function(qdiff.x86_linear.default, operands)
+        value = first.node.meta["val"]
+        node.meta["val"] = value.new_empty((*value.shape[:-1], len(weight)), dtype=kernel_dtype)
+        for constant, tensor in zip(constants, (scale, bias), strict=True):
+            if constant is not None and tensor is not None:
+                constant.meta["val"] = value_like(first.node, tensor)
+        start = 0
+        for layer in group:
+            stop = start + layer.weight_shape[0]
+            part = create_call(graph, aten.slice.Tensor, (node, rank - 1, start, stop), like=layer.node)
+            if kernel_dtype != layer.output_dtype:
+                part = create_call(graph, aten.to.dtype, (part, layer.output_dtype), like=layer.node)
+            for key, entry in layer.node.meta.items():
+                part.meta.setdefault(key, entry)
+            KERNEL.set(part, f"qdiff.x86_linear, one of {len(group)} merged")
+            for user in layer.node.users:
+                if user.target is aten.view.default:  # a slice has gaps, which a view cannot always step over
+                    user.target = aten.reshape.default
+            layer.node.replace_all_uses_with(part)
+            start = stop
+    for layer in group:
+        graph.erase_node(layer.node)
