@@ -260,6 +260,11 @@ class QuantizedUNet(GraphUNet):
         """
         if not BACKENDS[self.backend].traceable:
             return self
+        if options.get("mode") is None:
+            # The graph is nobody else's and its tensors are never swapped: to check each before every call takes
+            # milliseconds. Its code belongs to this model alone, so no other can be given what is compiled here.
+            unguarded = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
+            options["options"] = {**unguarded, **(options.get("options") or {})}
         self._compiled = torch.compile(self.lowered, **{"fullgraph": True, **options})
         return self
 

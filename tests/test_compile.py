@@ -128,3 +128,21 @@ def test_compiling_leaves_the_callers_tensors_unmarked(preparer: Preparer, sketc
     with torch.no_grad():
         quantized(*inputs)
     assert not any(hasattr(value, "_dynamo_dynamic_indices") for value in inputs)
+
+
+def test_compiled_models_do_not_check_their_own_tensors_and_stay_apart(preparer: Preparer, sketch: nn.Module) -> None:
+    """A guard a tensor costs milliseconds a call; without them, each model must still run its own."""
+    torch.manual_seed(1)
+    other = type(sketch)().eval()
+    models = [qdiff_fx.convert(preparer.fitted(item), backend="reference") for item in (sketch, other)]
+    inputs = sketch_inputs()
+    with torch.no_grad():
+        wanted = [model(*inputs) for model in models]
+        assert not torch.equal(*wanted)
+        for model in models:
+            model.compile(backend=CountingBackend())
+        for model, result in zip(models, wanted, strict=True):
+            assert torch.equal(model(*inputs), result)
+            (entry,) = torch._dynamo.eval_frame._debug_get_cache_entry_list(model.lowered.forward.__code__)
+            guards = str(entry.guard_manager)
+            assert "L['sample']" in guards and "L['self']" not in guards.replace("source=L['self'], accessed", "")
