@@ -24,10 +24,10 @@ from qdiff_fx.cli.sources import open_source
 from qdiff_fx.evaluation.study import Yardstick
 from qdiff_fx.fake_quantize import QuantizerMode
 from qdiff_fx.identity import digest
+from qdiff_fx.kernels.machine import describe_machine
 from qdiff_fx.passes.base import PassContext
 from qdiff_fx.passes.prepare.raises import ApplyRaises, Raise
 from qdiff_fx.reconstruction import ReconstructionConfig
-from qdiff_fx.report.machine import describe_machine
 from qdiff_fx.report.plots import plot_slacks
 from qdiff_fx.safe_io import read_json, write_bytes, write_json
 from qdiff_fx.stages import learn_blocks

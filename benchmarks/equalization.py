@@ -19,7 +19,7 @@ import qdiff_fx
 from qdiff_fx.cli.sources import Source, open_source
 from qdiff_fx.errors import QDiffWarning
 from qdiff_fx.evaluation.study import Yardstick
-from qdiff_fx.report.machine import describe_machine
+from qdiff_fx.kernels.machine import describe_machine
 from qdiff_fx.safe_io import read_json, write_bytes, write_json
 
 STEPS, IMAGES, EVALUATION_SEED = 50, 16, 1000

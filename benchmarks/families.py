@@ -31,9 +31,9 @@ import qdiff_fx
 from qdiff_fx.examples import example_call
 from qdiff_fx.graph.capture import CapturedGraph, capture
 from qdiff_fx.graph.edit import shared_copy
+from qdiff_fx.kernels.machine import describe_machine
 from qdiff_fx.report.documents import stored_bytes
 from qdiff_fx.report.inspection import inspect_prepared
-from qdiff_fx.report.machine import describe_machine
 from qdiff_fx.report.tables import file_size
 from qdiff_fx.safe_io import read_json, write_bytes, write_json
 

@@ -22,7 +22,7 @@ from planting import CONSTANT, CONSTANT_RATIO, PLANTED, plant, samples
 from qdiff_fx.calibration import CalibrationSet
 from qdiff_fx.cli.sources import open_source
 from qdiff_fx.errors import QDiffWarning
-from qdiff_fx.report.machine import describe_machine
+from qdiff_fx.kernels.machine import describe_machine
 from qdiff_fx.safe_io import read_json, write_bytes, write_json
 
 MODELS = {"fashion-uncond": 1.0, "fashion-cond": 3.0}

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from qdiff_fx.report.machine import describe_machine
+from qdiff_fx.kernels.machine import describe_machine
 
 
 def origin(seed: int) -> dict[str, Any]:

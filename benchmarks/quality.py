@@ -28,6 +28,7 @@ from qdiff_fx.assets import load_unconditional
 from qdiff_fx.calibration.driver import activation_quantizers, weight_quantizers
 from qdiff_fx.evaluation import endpoint_psnr, output_sqnr, sample_ddim, trajectory_error
 from qdiff_fx.fake_quantize import QuantizerMode
+from qdiff_fx.kernels.machine import describe_machine
 from qdiff_fx.numerics.affine import QParams
 from qdiff_fx.reconstruction import ReconstructionConfig
 from qdiff_fx.reconstruction.adaround import learn_rounding
@@ -35,7 +36,6 @@ from qdiff_fx.reconstruction.cache import ActivationCache
 from qdiff_fx.reconstruction.problem import BlockProblem
 from qdiff_fx.reconstruction.streams import FULL, QUANTIZED, Streams
 from qdiff_fx.reconstruction.subgraph import partition
-from qdiff_fx.report.machine import describe_machine
 from qdiff_fx.safe_io import read_json, read_tensors, write_json, write_tensors
 from qdiff_fx.stages import learn_blocks, observe_and_fit
 from quality_page import write_page

@@ -23,6 +23,7 @@ from torch import Tensor
 import qdiff_fx
 from qdiff_fx.assets import load_unconditional
 from qdiff_fx.fake_quantize import QuantizerMode
+from qdiff_fx.kernels.machine import describe_machine
 from qdiff_fx.numerics.adaround import reconstruction_loss
 from qdiff_fx.reconstruction import ReconstructionConfig
 from qdiff_fx.reconstruction.adaround import BlockRounding, rounding_step
@@ -30,7 +31,6 @@ from qdiff_fx.reconstruction.cache import ActivationCache
 from qdiff_fx.reconstruction.problem import BlockProblem
 from qdiff_fx.reconstruction.streams import FULL, QUANTIZED, Streams
 from qdiff_fx.reconstruction.subgraph import Unit, partition
-from qdiff_fx.report.machine import describe_machine
 from qdiff_fx.safe_io import write_bytes, write_json
 
 ROWS = 128

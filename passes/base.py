@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -25,6 +26,7 @@ class PassContext:
       noise_level: shared with every quantizer, so that ranges are kept by timestep.
       strict: keep what the plan says in every node, simulated where there is no kernel.
       separate: let every layer's result be seen in the graph, as no kernel that goes on with it does.
+      carrier_layers: nodes of integer layers that are better off in the carrier type, and why.
     """
 
     config: QDiffConfig
@@ -32,6 +34,7 @@ class PassContext:
     noise_level: NoiseLevel = field(default_factory=NoiseLevel)
     strict: bool = False
     separate: bool = False
+    carrier_layers: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -41,6 +41,7 @@ from qdiff_fx.graph.capture import capture
 from qdiff_fx.graph.edit import freeze_parameters, pruned, shared_copy
 from qdiff_fx.identity import digest, run_identity
 from qdiff_fx.kernels import select_backend
+from qdiff_fx.lowering import check_choices
 from qdiff_fx.model import PreparedUNet, QuantizedUNet
 from qdiff_fx.passes.base import PassContext, run_passes
 from qdiff_fx.passes.carrier import set_carrier
@@ -253,6 +254,7 @@ def convert(
     backend: str = "auto",
     *,
     strict: bool = False,
+    autotune: bool = False,
     dtype: torch.dtype | None = None,
     release: bool = False,
 ) -> QuantizedUNet:
@@ -265,16 +267,21 @@ def convert(
       backend: "auto", or a name in `qdiff_fx.kernels.BACKENDS`.
       strict: compute what the plan says everywhere: attention keeps its quantizers, simulated where the backend has
         no integer kernel for it; a layer that would run in floating point instead of integers is refused.
+      autotune: time every layer on integers and in the carrier type, for the sizes of the example call, and take the
+        faster (x86 only; other backends have nothing to choose); `save` keeps the times, by machine. Off, one model
+        runs on the same kernels everywhere.
       dtype: the carrier type; None keeps the model's own.
       release: consume `prepared`: its floating weights are freed as they are packed, it cannot be used again.
 
     Raises:
+      InputError: for `strict` and `autotune` together.
       ConversionError: for anything but what `prepare` returned; for an fp16 carrier where calibration saw |x| above
         16,384, naming the tensor.
       CalibrationError: if an activation was never observed; names the first such node.
       BackendError: for an unknown or unavailable backend, or a fallback under `strict`.
     """
     check_stage(prepared, "convert")
+    check_choices(strict=strict, autotune=autotune)
     select_backend(backend, prepared.device.type)  # before anything is consumed
     maxima = prepared.calibration.get("maxima") or observed_maxima(prepared.graph_module)
     check_carrier(prepared.dtype if dtype is None else dtype, maxima)
@@ -299,6 +306,7 @@ def convert(
         prepared.qdiff_config,
         backend=backend,
         strict=strict,
+        autotune=autotune,
         calibration=prepared.calibration,
         signature=signature,
         output=prepared.output,
@@ -327,7 +335,12 @@ def save(quantized: QuantizedUNet, directory: str | Path, *, max_shard_bytes: in
 
 
 def load(
-    directory: str | Path, backend: str = "auto", *, device: str | torch.device = "cpu", strict: bool = False
+    directory: str | Path,
+    backend: str = "auto",
+    *,
+    device: str | torch.device = "cpu",
+    strict: bool = False,
+    autotune: bool = False,
 ) -> QuantizedUNet:
     """The model that `save` wrote, lowered to `backend`; needs neither the original module nor its weights.
 
@@ -338,12 +351,14 @@ def load(
       backend: "auto", or a name in `qdiff_fx.kernels.BACKENDS`.
       device: where the tensors go.
       strict: refuse any fallback from integer kernels.
+      autotune: as in `convert`; times that the directory holds for this machine are used, others are taken and added
+        to it (autotune.json).
 
     Raises:
       CheckpointError: for a missing, damaged or edited file, or another format version; names the file and field.
       BackendError: for an unknown or unavailable backend or device, or a fallback under `strict`.
     """
-    quantized = QuantizedUNet.load(directory, backend, device=device, strict=strict)
+    quantized = QuantizedUNet.load(directory, backend, device=device, strict=strict, autotune=autotune)
     logger.info("%s: %s", directory, quality_line(quantized.calibration))
     return quantized
 

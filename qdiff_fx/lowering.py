@@ -3,23 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from qdiff_fx.autotune import Timings, choose_carrier_layers
 from qdiff_fx.config import QDiffConfig
+from qdiff_fx.errors import InputError
 from qdiff_fx.graph.edit import LAYER_OPERATORS, get_tensor, shared_copy, stored_bytes
-from qdiff_fx.graph.meta import ATTENTION, FALLBACK, KERNEL, LAYER, MODULE_PATH, PARTS, STORED, StoredWeight
+from qdiff_fx.graph.meta import (
+    ATTENTION,
+    FALLBACK,
+    KERNEL,
+    LAYER,
+    MODULE_PATH,
+    PARTS,
+    STORED,
+    TIMED,
+    LayerTiming,
+    StoredWeight,
+)
 from qdiff_fx.graph.signature import CallSignature
 from qdiff_fx.passes.base import PassContext, run_passes
 from qdiff_fx.passes.lower import LOWER
+from qdiff_fx.passes.lower.x86_siblings import ShareQuantizeSteps
 
 aten = torch.ops.aten
 qdiff = torch.ops.qdiff
 
 _LAYERS = (qdiff.conv2d.default, qdiff.linear.default, *LAYER_OPERATORS)
+AUTOTUNED = ("x86",)
+"""Backends that choose between two kernels a layer by timing."""
+
 _ATTENTIONS = (
     qdiff.attention.default,
     qdiff.cuda_attention.default,
@@ -40,6 +57,7 @@ class LoweringRow:
       fallback: why it does not run on integers, "" if it does or was asked not to.
       simulated: whether it computes the plan's quantized values all the same, in floating point; strict=True allows
         these fallbacks and no others.
+      timing: of both kernels, None unless one was chosen by timing.
     """
 
     node: str
@@ -49,6 +67,13 @@ class LoweringRow:
     bytes: int
     fallback: str
     simulated: bool = False
+    timing: LayerTiming | None = None
+
+    @property
+    def times(self) -> tuple[str, ...]:
+        """Microseconds on integers and in the carrier type, "" where none were taken."""
+        timing = self.timing
+        return ("", "") if timing is None else (f"{timing.integer:.0f}", f"{timing.carrier:.0f}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,11 +84,13 @@ class LoweringReport:
       backend: its name.
       rows: in execution order.
       extra_quantize_steps: quantize steps beyond one a tensor, for layers that are better off with their own.
+      timings: of this machine, with those taken for this report; {} unless kernels were chosen by timing.
     """
 
     backend: str
     rows: tuple[LoweringRow, ...]
     extra_quantize_steps: int = 0
+    timings: Timings = field(default_factory=dict)
 
     @property
     def total_bytes(self) -> int:
@@ -71,8 +98,12 @@ class LoweringReport:
         return sum(row.bytes for row in self.rows)
 
     def __str__(self) -> str:
-        header = ("layer", "kernel", "dtype", "bytes", "fallback")
-        lines = [header, *((row.layer, row.kernel, row.dtype, f"{row.bytes:,}", row.fallback) for row in self.rows)]
+        timed = any(row.timing for row in self.rows)
+        header = ("layer", "kernel", "dtype", "bytes", *(("int8 us", "carrier us") if timed else ()), "fallback")
+        lines = [header]
+        for row in self.rows:
+            times = row.times if timed else ()
+            lines.append((row.layer, row.kernel, row.dtype, f"{row.bytes:,}", *times, row.fallback))
         widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
         table = [
             "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
@@ -85,6 +116,12 @@ class LoweringReport:
         return "\n".join([*table, summary])
 
 
+def check_choices(*, strict: bool, autotune: bool) -> None:
+    """Raise InputError for settings that contradict each other."""
+    if strict and autotune:
+        raise InputError("strict=True keeps every layer on integers, autotune=True may not; want one of them")
+
+
 def lower(
     plan: fx.GraphModule,
     backend: str,
@@ -92,20 +129,29 @@ def lower(
     *,
     strict: bool = False,
     separate: bool = False,
+    timings: Timings | None = None,
 ) -> tuple[fx.GraphModule, LoweringReport]:
     """The plan rewritten to `backend`'s kernels, sharing its tensors, and what runs where.
 
     Args:
       strict, separate: see `PassContext`.
+      timings: choose between integers and the carrier type by these, taking those that are missing; None runs every
+        integer layer on integers.
     """
     lowered = shared_copy(plan)
     reported = [node for node in lowered.graph.nodes if node.target in _LAYERS]
     for node in reported:
         STORED.set(node, _stored(lowered, node))
     context = PassContext(config=QDiffConfig(), signature=signature, strict=strict, separate=separate)
+    if timings is not None and backend in AUTOTUNED:
+        run_passes((ShareQuantizeSteps(),), lowered, context)
+        context.carrier_layers, timings = choose_carrier_layers(lowered, timings)
     run_passes(LOWER[backend], lowered, context)
     return lowered, LoweringReport(
-        backend=backend, rows=tuple(_rows(lowered)), extra_quantize_steps=_extra_quantize_steps(plan)
+        backend=backend,
+        rows=tuple(_rows(lowered)),
+        extra_quantize_steps=_extra_quantize_steps(plan),
+        timings=timings or {},
     )
 
 
@@ -158,6 +204,7 @@ def _rows(graph_module: fx.GraphModule) -> Iterator[LoweringRow]:
             if simulated
             else FALLBACK.get(node) or "",
             simulated=simulated,
+            timing=TIMED.get(node),
         )
 
 

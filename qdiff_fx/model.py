@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +15,17 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.outputs import BaseOutput
 from torch import Tensor, fx
 
-from qdiff_fx.checkpoint import DEFAULT_SHARD_BYTES, StoredModel, read_model, write_model
+from qdiff_fx.autotune import Timings
+from qdiff_fx.checkpoint import (
+    DEFAULT_SHARD_BYTES,
+    StoredModel,
+    read_model,
+    read_timings,
+    write_model,
+    write_timings,
+)
 from qdiff_fx.config import QDiffConfig
-from qdiff_fx.errors import BackendError, InputError
+from qdiff_fx.errors import BackendError, DiskError, InputError
 from qdiff_fx.fake_quantize import NoiseLevel, QuantizerMode, set_mode
 from qdiff_fx.graph.finite import FiniteRun
 from qdiff_fx.graph.outputs import OutputStructure
@@ -24,9 +33,12 @@ from qdiff_fx.graph.signature import CallSignature
 from qdiff_fx.graph.skeleton import build_skeleton, output_class, readable
 from qdiff_fx.graph.tokens import set_device
 from qdiff_fx.kernels import BACKENDS, select_backend, usable_device
-from qdiff_fx.lowering import LoweringReport, lower, offload
+from qdiff_fx.kernels.machine import machine_signature
+from qdiff_fx.lowering import LoweringReport, check_choices, lower, offload
 from qdiff_fx.passes.base import PassResult
 from qdiff_fx.safe_io import write_bytes
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -190,10 +202,14 @@ class QuantizedUNet(GraphUNet):
         *,
         backend: str = "auto",
         strict: bool = False,
+        autotune: bool = False,
+        timings: Mapping[str, Timings] | None = None,
         calibration: Mapping[str, Any] | None = None,
         **shell: Any,
     ) -> None:
         super().__init__(**shell)
+        check_choices(strict=strict, autotune=autotune)
+        self.autotune, self.timings = autotune, dict(timings or {})
         self.qdiff_config = qdiff_config
         self.plan = plan
         self.original_class = type(plan).__name__
@@ -213,7 +229,11 @@ class QuantizedUNet(GraphUNet):
     def _lower(self) -> None:
         self.backend = select_backend(self.requested_backend, self.device.type).name
         self.plan.to(self.device)
-        lowered, self._report = lower(self.plan, self.backend, self.signature, strict=self.strict)
+        machine = machine_signature() if self.autotune else ""
+        known = self.timings.get(machine, {}) if self.autotune else None
+        lowered, self._report = lower(self.plan, self.backend, self.signature, strict=self.strict, timings=known)
+        if self._report.timings:
+            self.timings[machine] = self._report.timings
         # Not a submodule: its packed weights can neither be copied nor saved, and the plan owns all the rest.
         self.__dict__["lowered"] = lowered
         if self.device.type == "cuda":
@@ -310,24 +330,41 @@ class QuantizedUNet(GraphUNet):
             calibration=self.calibration,
         )
         write_model(model, Path(folder), max_shard_bytes=max_shard_bytes)
+        if self.timings:
+            write_timings(Path(folder), self.timings)
 
     @classmethod
     def load(
-        cls, folder: str | Path, backend: str = "auto", *, device: str | torch.device = "cpu", strict: bool = False
+        cls,
+        folder: str | Path,
+        backend: str = "auto",
+        *,
+        device: str | torch.device = "cpu",
+        strict: bool = False,
+        autotune: bool = False,
     ) -> Self:
         """The model that `save` wrote. See `qdiff_fx.load`."""
+        timings = read_timings(Path(folder)) if autotune else {}
         model = read_model(Path(folder), usable_device(device))
-        return cls(
+        result = cls(
             model.plan,
             model.config,
             backend=backend,
             strict=strict,
+            autotune=autotune,
+            timings=timings,
             calibration=model.calibration,
             signature=model.signature,
             output=model.output,
             model_config=model.model_config,
             returns_dict=model.returns_dict,
         )
+        if result.timings != timings:
+            try:
+                write_timings(Path(folder), result.timings)
+            except DiskError as error:
+                logger.warning("timings of layers are not kept: %s", error)
+        return result
 
     def save_pretrained(  # type: ignore[override]
         self, save_directory: str | Path, max_shard_bytes: int = DEFAULT_SHARD_BYTES
@@ -344,6 +381,7 @@ class QuantizedUNet(GraphUNet):
         backend: str = "auto",
         device: str | torch.device = "cpu",
         strict: bool = False,
+        autotune: bool = False,
         subfolder: str | None = None,
         **options: Any,
     ) -> Self:
@@ -353,4 +391,4 @@ class QuantizedUNet(GraphUNet):
           options: what pipelines hand to each of their parts (dtype, device_map, ...); a stored model has its own
             carrier type and placement, so they have no effect.
         """
-        return cls.load(Path(directory, subfolder or ""), backend, device=device, strict=strict)
+        return cls.load(Path(directory, subfolder or ""), backend, device=device, strict=strict, autotune=autotune)

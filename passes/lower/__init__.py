@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from qdiff_fx.passes.base import GraphPass
 from qdiff_fx.passes.lower.carrier_attention import DropAttentionQuantizers
+from qdiff_fx.passes.lower.carrier_layers import KeepChosenLayersInCarrier
 from qdiff_fx.passes.lower.carrier_weights import DequantizeWeights
 from qdiff_fx.passes.lower.cuda_attention import LowerCudaAttention
 from qdiff_fx.passes.lower.cuda_carrier import KeepSlowLayersInCarrier
@@ -25,6 +26,7 @@ LOWER: Mapping[str, tuple[GraphPass, ...]] = {
     ),
     "x86": (
         ShareQuantizeSteps(),
+        KeepChosenLayersInCarrier(),
         MergeLinears(),
         LowerX86Layers(),
         LowerQuantize(),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from math import prod
-from typing import Any
 
 import torch
 from torch import fx
@@ -13,28 +12,10 @@ from qdiff_fx.graph.propagate import size_hint
 from qdiff_fx.kernels.cuda_gpu import GPUS, Gpu, gpu_for
 from qdiff_fx.kernels.cuda_model import LayerWork
 from qdiff_fx.kernels.cuda_tiles import Product
-from qdiff_fx.passes.lower.integer_layers import IntegerLayer
-from qdiff_fx.passes.matcher import factors_of
-
-aten = torch.ops.aten
-qdiff = torch.ops.qdiff
+from qdiff_fx.passes.lower.integer_layers import IntegerLayer, quantized_alone
 
 DEFAULT_CAPABILITY = (9, 0)
 """Assumed for tensors on no real device: graphs that are only traced."""
-
-_VIEWS = (
-    aten.reshape.default,
-    aten.view.default,
-    aten.transpose.int,
-    aten.permute.default,
-    aten.unsqueeze.default,
-    aten.squeeze.dim,
-    aten.contiguous.default,
-    aten.clone.default,
-    aten.slice.Tensor,
-    aten.to.dtype,
-    aten.dropout.default,
-)
 
 
 def target_gpu(graph_module: fx.GraphModule) -> Gpu | None:
@@ -67,14 +48,4 @@ def layer_work(layer: IntegerLayer) -> LayerWork:
         packed=layer.weight_zero_point is not None,
     )
     elements = prod(size_hint(size) for size in shape_of(layer.x) or ())
-    return LayerWork(product=product, input_elements=elements, quantized_alone=_quantized_alone(layer.x))
-
-
-def _quantized_alone(codes: fx.Node) -> bool:
-    """Whether no compiler can put the quantize step into the kernel that writes its input."""
-    node: Any = codes
-    while node.target in (qdiff.quantize.default, *_VIEWS):
-        node = node.args[0]
-    opaque = (qdiff.attention.default, aten.scaled_dot_product_attention.default)
-    layers = (qdiff.conv2d.default, qdiff.linear.default, aten.conv2d.default, aten.linear.default)
-    return node.op == "placeholder" or node.target in (*opaque, *layers) or bool(factors_of(node))
+    return LayerWork(product=product, input_elements=elements, quantized_alone=quantized_alone(layer.x))

@@ -12,8 +12,24 @@ from qdiff_fx.graph.edit import get_tensor, set_tensor
 from qdiff_fx.kernels.reference import integer_weight
 from qdiff_fx.passes.base import PassContext, RewritePass
 from qdiff_fx.passes.lower.stored_weights import computed_operands
+from qdiff_fx.passes.matcher import factors_of
 
+aten = torch.ops.aten
 qdiff = torch.ops.qdiff
+
+_VIEWS = (
+    aten.reshape.default,
+    aten.view.default,
+    aten.transpose.int,
+    aten.permute.default,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+    aten.contiguous.default,
+    aten.clone.default,
+    aten.slice.Tensor,
+    aten.to.dtype,
+    aten.dropout.default,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,3 +128,13 @@ def value_like(node: fx.Node, tensor: Tensor) -> Tensor:
     mode = getattr(node.meta["val"], "fake_mode", None)
     value: Tensor = tensor if mode is None else mode.from_tensor(tensor, static_shapes=True)
     return value
+
+
+def quantized_alone(codes: fx.Node) -> bool:
+    """Whether no compiler can put the quantize step into the kernel that writes its input."""
+    node: Any = codes
+    while node.target in (qdiff.quantize.default, *_VIEWS):
+        node = node.args[0]
+    opaque = (qdiff.attention.default, aten.scaled_dot_product_attention.default)
+    layers = (qdiff.conv2d.default, qdiff.linear.default, aten.conv2d.default, aten.linear.default)
+    return node.op == "placeholder" or node.target in (*opaque, *layers) or bool(factors_of(node))

@@ -22,11 +22,11 @@ from qdiff_fx.evaluation import confident_share, endpoint_psnr
 from qdiff_fx.evaluation.arms import ARMS, STUDY_PRESETS, Arm, pass_activations, widen_weights
 from qdiff_fx.evaluation.study import Measurement, Yardstick
 from qdiff_fx.fake_quantize import QuantizerMode
+from qdiff_fx.kernels.machine import describe_machine
 from qdiff_fx.report import documents, plots
 from qdiff_fx.report.block_graph import block_graph
 from qdiff_fx.report.html import write_report
 from qdiff_fx.report.inspection import Inspection, inspect_prepared
-from qdiff_fx.report.machine import describe_machine
 from qdiff_fx.report.pictures import LabelledRow, save_comparison
 from qdiff_fx.report.strips import save_strips
 from qdiff_fx.report.tables import ARM_HEADER, ARM_NUMERIC, arm_cells, decibels, file_size, text_table

@@ -13,8 +13,8 @@ from qdiff_fx.cli.plugins import loadable, named_loadable
 from qdiff_fx.cli.sources import BUNDLED, add_source_arguments, open_source, require_full_precision
 from qdiff_fx.errors import InputError
 from qdiff_fx.evaluation import confident_share
+from qdiff_fx.kernels.machine import describe_machine
 from qdiff_fx.report.documents import stored_bytes, table_row
-from qdiff_fx.report.machine import describe_machine
 from qdiff_fx.report.strips import save_samples
 from qdiff_fx.report.tables import decibels, file_size, text_table
 from qdiff_fx.safe_io import write_json

@@ -72,6 +72,14 @@ class StoredWeight:
     bytes: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class LayerTiming:
+    """Microseconds on integers and in the carrier type, of one layer or of linears that read the same codes."""
+
+    integer: float
+    carrier: float
+
+
 MODULE_PATH: MetaKey[str] = MetaKey("module_path")
 """Dotted path of the module that the node came from, "" for the root."""
 
@@ -95,6 +103,9 @@ FALLBACK: MetaKey[str] = MetaKey("fallback")
 
 KERNEL: MetaKey[str] = MetaKey("kernel")
 """On nodes of a lowered graph whose operator's name does not say which kernel runs."""
+
+TIMED: MetaKey[LayerTiming] = MetaKey("timed")
+"""On layers of a lowered graph whose kernel was chosen by timing."""
 
 BLOCK: MetaKey[int] = MetaKey("block")
 """Index of the reconstruction block that owns the node, in execution order."""

@@ -12,11 +12,11 @@ from qdiff_fx.calibration.report import CalibrationReport
 from qdiff_fx.evaluation import confident_share
 from qdiff_fx.evaluation.study import Measurement
 from qdiff_fx.graph.meta import BLOCK, LAYER
+from qdiff_fx.kernels.machine import describe_machine
 from qdiff_fx.lowering import LoweringReport
 from qdiff_fx.model import QuantizedUNet
 from qdiff_fx.report.block_graph import block_graph
 from qdiff_fx.report.inspection import Inspection
-from qdiff_fx.report.machine import describe_machine
 
 _FP32, _FP16 = 4, 2
 

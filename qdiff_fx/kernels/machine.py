@@ -26,3 +26,9 @@ def describe_machine() -> dict[str, str | int]:
         "threads": torch.get_num_threads(),
         "torch": str(torch.__version__),
     }
+
+
+def machine_signature() -> str:
+    """What timings of kernels depend on beside the code, in one line of plain text."""
+    machine = describe_machine()
+    return f"{machine['processor']}; {machine['isa']}; {machine['threads']} thread(s); torch {machine['torch']}"
