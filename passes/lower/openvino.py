@@ -90,6 +90,9 @@ def _replace(graph_module: fx.GraphModule, calls: list[fx.Node], program: torch.
     value: Any = fx.node.map_arg(end.args[0], lambda item: item.meta["val"])
     call.meta["val"] = value
     end.args = (call,)
+    constants = [node for node in graph.nodes if node.op == "get_attr"]
+    for node in reversed([*constants, *calls]):
+        graph.erase_node(node)
     finish(graph_module)
     # The program holds what it reads in its own layout.
     for tensor in [*dict(graph_module.named_parameters()), *dict(graph_module.named_buffers())]:
