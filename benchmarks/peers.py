@@ -153,13 +153,18 @@ def _nncf(unet: nn.Module, calls: Calls) -> Network:
     return Network(call=run, bytes=kept, bits="W8A8")
 
 
-def _ours(unet: nn.Module, calls: Calls, *, preset: str, learn: bool = False) -> Network:
+def _ours(unet: nn.Module, calls: Calls, *, preset: str, learn: bool = False, leave: int = 0) -> Network:
     import tempfile
     from pathlib import Path
 
     from qdiff_fx.report.documents import stored_bytes
 
-    prepared = qdiff_fx.prepare(unet, qdiff_fx.QDiffConfig.preset(preset))
+    left = tuple(
+        qdiff_fx.LayerRule(module=name, weight_bits=32, activation_bits=32)
+        for name, module in unet.named_modules()
+        if isinstance(module, (nn.Conv2d, nn.Linear)) and module.weight.numel() < leave
+    )
+    prepared = qdiff_fx.prepare(unet, qdiff_fx.QDiffConfig.preset(preset, rules=left))
     learning = qdiff_fx.ReconstructionConfig.preset("fast") if learn else None
     with torch.enable_grad():
         qdiff_fx.calibrate(prepared, list(calls), reconstruction=learning, progress=False)
@@ -170,6 +175,8 @@ def _ours(unet: nn.Module, calls: Calls, *, preset: str, learn: bool = False) ->
     return Network(call=quantized, bytes=kept, bits=preset.upper())
 
 
+SMALL = 16_384
+"""SDNQ leaves layers with fewer weights alone by default: on the bundled models, the most sensitive ones."""
 _UINT4: Mapping[str, Any] = {"weights_dtype": "uint4", "bits": "W4A32"}
 _DYNAMIC: Mapping[str, Any] = {"use_quantized_matmul": True, "use_quantized_matmul_conv": True, "bits": "W8A8 dynamic"}
 SDNQ: Mapping[str, Mapping[str, Any]] = {
@@ -179,13 +186,14 @@ SDNQ: Mapping[str, Mapping[str, Any]] = {
     "SDNQ uint4, SVD": {"use_svd": True, **_UINT4},
     "SDNQ uint4, Hadamard rotation": {"use_hadamard": True, **_UINT4},
 }
-"""By default it leaves layers of fewer than 16,384 weights alone: on the bundled models, the most sensitive ones."""
 _EVERY_LAYER: Mapping[str, Any] = {"minimum_allowed_numel": 0, "minimum_allowed_channel_size": 0}
 
 PEERS: Mapping[str, Callable[[nn.Module, Calls], Network]] = {
     "full precision": _full_precision,
     "ours W8A8": partial(_ours, preset="w8a8"),
     "ours W4A8": partial(_ours, preset="w4a8"),
+    "ours W8A8, small layers left": partial(_ours, preset="w8a8", leave=SMALL),
+    "ours W4A8, small layers left": partial(_ours, preset="w4a8", leave=SMALL),
     "ours W4A32": partial(_ours, preset="w4a32"),
     "ours W4A8, reconstructed": partial(_ours, preset="w4a8", learn=True),
     "ours W8A8, reconstructed": partial(_ours, preset="w8a8", learn=True),
