@@ -29,6 +29,7 @@ MODELS = {"fashion-uncond": 1.0, "fashion-cond": 3.0}
 """Bundled models with their guidance scale."""
 
 RATIOS = (10, 100, 1000)
+_SHOWN = 16
 ARMS = ("equalised", "plain", "target")
 PLAIN = {"weight_slack": 0.0, "activation_slack": 0.0, "equalize": False}
 
@@ -167,7 +168,9 @@ def _constants(rows: list[dict[str, Any]]) -> list[str]:
         lines += ["", f"The constant ({CONSTANT_RATIO} standard deviations): sensitivity names {names} first."]
     if "target" in by_arm:
         row = by_arm["target"]
-        names = ", ".join(f"`{name}`" for name in row["inputs_in_carrier"])
+        names = ", ".join(f"`{name}`" for name in row["inputs_in_carrier"][:_SHOWN])
+        more = len(row["inputs_in_carrier"]) - _SHOWN
+        names += f" and {more} more" if more > 0 else ""
         lines += [
             f"With `target_sqnr={row['target_db']:.1f}` W8A8 keeps {row['pooled_db']:.1f} / {row['median_db']:.1f} dB; "
             f"{len(row['raises'])} raises beyond the slacks; inputs in the carrier type: {names}."
