@@ -8,10 +8,18 @@ from dataclasses import dataclass
 from torch import fx
 
 from qdiff_fx.allocation.estimate import ErrorEstimate
-from qdiff_fx.allocation.units import WeightUnit, input_units, total_multiplications, weight_units
+from qdiff_fx.allocation.units import (
+    WeightUnit,
+    input_units,
+    quantized_multiplications,
+    total_multiplications,
+    weight_units,
+)
 from qdiff_fx.passes.prepare.raises import Raise
 
 RAISED_BITS = 8
+CARRIER_BYTES = 4
+"""Of a weight in the carrier type on disk, where models are kept in fp32."""
 
 NEGLIGIBLE_SHARE = 1e-4
 """A raise that removes less of the predicted error than this is not worth a line in the plan."""
@@ -66,6 +74,25 @@ def input_candidates(graph_module: fx.GraphModule, estimate: ErrorEstimate) -> t
         )
         for unit in input_units(graph_module)
         if unit.target in estimate.inputs
+    )
+
+
+def carrier_candidates(graph_module: fx.GraphModule, estimate: ErrorEstimate, price: float) -> tuple[Candidate, ...]:
+    """Keeping each weight in the carrier type, which takes its layers' inputs along; beyond its 8 bits.
+
+    Args:
+      price: bytes that a multiplication in the carrier type is worth.
+    """
+    quantized = quantized_multiplications(graph_module)
+    return tuple(
+        Candidate(
+            raised=Raise(kind="weight", target=unit.target, layers=unit.layers, bits=None),
+            gain=min(estimate.weights[unit.target].values()),
+            cost=CARRIER_BYTES * unit.weight.numel()
+            - unit.bytes_at(RAISED_BITS)
+            + round(price * sum(quantized.get(layer, 0) for layer in unit.layers)),
+        )
+        for unit in weight_units(graph_module)
     )
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from qdiff_fx.allocation.allocate import Candidate, input_candidates, weight_candidates
+from qdiff_fx.allocation.allocate import Candidate, carrier_candidates, input_candidates, weight_candidates
 from qdiff_fx.allocation.estimate import ErrorEstimate
 from qdiff_fx.allocation.units import total_multiplications, weight_units
 from qdiff_fx.errors import CalibrationError
@@ -32,26 +32,50 @@ class TargetResult:
 
 
 def ranked_raises(graph_module: fx.GraphModule, estimate: ErrorEstimate) -> tuple[Raise, ...]:
-    """All raises, most predicted error removed a byte first, then all weights to the carrier type.
+    """All raises, most predicted error removed a byte first.
 
     A multiplication that moves to the carrier type is priced like a byte by its share: keeping every input in the
-    carrier costs as much as all weight bytes. Ties go to fewer multiplications or bytes, then to execution order.
+    carrier costs as much as all weight bytes. A weight that goes to the carrier type pays for the multiplications that
+    go with it, and comes behind its own raise to 8 bits. Ties go to what costs less, then to execution order.
     """
     total_bytes = sum(unit.bytes for unit in weight_units(graph_module))
     price = total_bytes / max(1, total_multiplications(graph_module))
-    weights = [(item, float(item.cost)) for item in weight_candidates(graph_module, estimate)]
-    inputs = [(item, item.cost * price) for item in input_candidates(graph_module, estimate)]
-    ordered = sorted([*weights, *inputs], key=lambda pair: (-pair[0].gain / max(1.0, pair[1]), pair[1]))
-    raises = [item.raised.because(_reason(item)) for item, _ in ordered]
-    # What 8 bits cannot carry either: the carrier type, worst first.
-    residual = sorted(
-        weight_units(graph_module), key=lambda unit: -min(estimate.weights[unit.target].values()) / unit.bytes
-    )
-    raises += [
-        Raise(kind="weight", target=unit.target, layers=unit.layers, bits=None, reason="target: carrier type")
-        for unit in residual
+    widened = [_priced(item, 1.0) for item in weight_candidates(graph_module, estimate)]
+    inputs = [_priced(item, price) for item in input_candidates(graph_module, estimate)]
+    density = {item.raised.target: item.density for item in widened}
+    floats = [
+        _Priced(
+            raised=item.raised,
+            reason=item.reason,
+            density=min(item.density, density.get(item.raised.target, item.density)),
+            price=item.price,
+        )
+        for item in (_priced(item, 1.0) for item in carrier_candidates(graph_module, estimate, price))
     ]
-    return tuple(raises)
+    ordered = sorted([*widened, *inputs, *floats], key=lambda item: (-item.density, item.price))
+    return tuple(item.raised.because(item.reason) for item in ordered)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Priced:
+    """A raise with its reason, the predicted error that it removes a byte, and what it costs in bytes."""
+
+    raised: Raise
+    reason: str
+    density: float
+    price: float
+
+
+def _priced(candidate: Candidate, price: float) -> _Priced:
+    kind, bits = candidate.raised.kind, candidate.raised.bits
+    unit = "multiplications" if kind == "input" else "bytes"
+    to = " in the carrier type" if kind == "weight" and bits is None else ""
+    return _Priced(
+        raised=candidate.raised,
+        reason=f"target{to}: removes {candidate.gain:.2e} of relative error for {candidate.cost:,} {unit}",
+        density=candidate.gain / max(1.0, candidate.cost * price),
+        price=candidate.cost * price,
+    )
 
 
 def reach_target(
@@ -83,8 +107,3 @@ def reach_target(
         middle = (low + high) // 2
         low, high = (low, middle) if figure(middle) >= target_db else (middle, high)
     return TargetResult(raises=tuple(raises[:high]), reached_db=figure(high), evaluations=len(figures))
-
-
-def _reason(candidate: Candidate) -> str:
-    unit = "bytes" if candidate.raised.kind == "weight" else "multiplications"
-    return f"target: removes {candidate.gain:.2e} of relative error for {candidate.cost:,} {unit}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -12,7 +13,10 @@ from torch import nn
 
 import qdiff_fx
 from qdiff_fx import stages
+from qdiff_fx.allocation.estimate import estimate_errors
 from qdiff_fx.allocation.kept_figures import KeptFigures
+from qdiff_fx.allocation.target import ranked_raises
+from qdiff_fx.allocation.units import input_units, weight_units
 from qdiff_fx.calibration import CalibrationSet
 from qdiff_fx.errors import CalibrationError, CheckpointError
 
@@ -69,3 +73,24 @@ def test_figures_survive_a_kill_and_belong_to_one_run(tmp_path: Path) -> None:
     file.write_text('{"identity": "this run", "figures": {"a": [1]}}')
     with pytest.raises(CheckpointError, match="want a number a key; delete the file"):
         KeptFigures(file, "this run")
+
+
+def test_raises_go_by_error_a_byte_and_weights_to_the_carrier_stand_among_them(
+    prepared: qdiff_fx.PreparedUNet, data: CalibrationSet
+) -> None:
+    graph_module = prepared.graph_module
+    estimate = estimate_errors(graph_module, prepared.signature, data, samples=16)
+    worst = next(unit.target for unit in weight_units(graph_module) if unit.quantizer.spec.bits == 4)
+    weights = {target: dict(by) for target, by in estimate.weights.items()}
+    weights[worst] = {4: 1e3 + 1.0, 8: 1e3}  # 8 bits gain little: what is left must be bought next
+    ranked = ranked_raises(graph_module, replace(estimate, weights=weights))
+    steps = [(item.kind, item.bits) for item in ranked if item.target == worst]
+    assert steps == [("weight", 8), ("weight", None)]
+    places = {(item.kind, item.target, item.bits): place for place, item in enumerate(ranked)}
+    assert places["weight", worst, None] < len(ranked) / 2
+    assert all(item.reason.startswith("target") for item in ranked)
+    units = weight_units(graph_module)
+    assert {item.target for item in ranked if item.bits is None and item.kind == "weight"} == {u.target for u in units}
+    assert {item.target for item in ranked if item.kind == "input"} == {u.target for u in input_units(graph_module)}
+    four = [unit.target for unit in units if unit.quantizer.spec.bits == 4]
+    assert all(places["weight", target, 8] < places["weight", target, None] for target in four)
