@@ -60,20 +60,24 @@ class Codes:
         return self.emitted[key]
 
     def _emit(self, scale: float, from_zero: bool) -> Any:
-        x, inverse = self.x, self.inv_scale.detach().cpu().double()
-        narrow = (self.qmin, self.qmax) != (0, _LAST)
-        # FakeQuantize takes a range a channel in [B, C, H, W] only; elsewhere the factors are multiplied on before.
-        if inverse.ndim and (narrow or self.rank != 4 or self.axis % self.rank != 1):
-            factor = along_axis((inverse * scale).float(), self.rank, self.axis % self.rank)
-            x = opset.multiply(x, constant(factor)).output(0)
+        x, axis, inverse = self.x, self.axis % self.rank, self.inv_scale.detach().cpu().double()
+        if (self.qmin, self.qmax) != (0, _LAST):
+            # Before the factors: a clamp between Multiply and FakeQuantize is lost when the plugin fuses the three.
+            low, high = self._bounds(inverse, self.qmin, self.qmax)
+            x = opset.minimum(opset.maximum(x, constant(low)), constant(high)).output(0)
+        # FakeQuantize takes a range a channel in [B, C, H, W] only; elsewhere the factors are multiplied on.
+        if inverse.ndim and (self.rank != 4 or axis != 1):
+            x = opset.multiply(x, constant(along_axis((inverse * scale).float(), self.rank, axis))).output(0)
             inverse = torch.tensor(1.0 / scale, dtype=torch.float64)
-        bounds = [(code - self.zero_point) / inverse for code in (self.qmin, self.qmax, 0, _LAST)]
-        if narrow:
-            x = opset.minimum(opset.maximum(x, constant(bounds[0])), constant(bounds[1])).output(0)
-        low, high = (along_axis(item.float(), self.rank, self.axis % self.rank) for item in bounds[2:])
+        low, high = self._bounds(inverse, 0, _LAST)
         first = 0 if from_zero else -self.zero_point
         grid = [np.float32(first * scale), np.float32((first + _LAST) * scale)]
         return opset.fake_quantize(x, constant(low), constant(high), *map(constant, grid), _LEVELS).output(0)
+
+    def _bounds(self, inverse: Tensor, *codes: int) -> list[Tensor]:
+        """What stands for each code in real units, float32, by channel where `inverse` is."""
+        real = [(code - self.zero_point) / inverse for code in codes]
+        return [along_axis(item.float(), self.rank, self.axis % self.rank) for item in real]
 
     def integers(self) -> Any:
         """The codes themselves, as uint8."""
