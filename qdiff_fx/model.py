@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -32,11 +32,12 @@ from qdiff_fx.graph.outputs import OutputStructure
 from qdiff_fx.graph.signature import CallSignature
 from qdiff_fx.graph.skeleton import build_skeleton, output_class, readable
 from qdiff_fx.graph.tokens import set_device
-from qdiff_fx.kernels import BACKENDS, select_backend, usable_device
+from qdiff_fx.kernels import BACKENDS, rival_backends, select_backend, usable_device
 from qdiff_fx.kernels.machine import machine_signature
 from qdiff_fx.lowering import LoweringReport, check_choices, lower, offload
 from qdiff_fx.passes.base import PassResult
 from qdiff_fx.safe_io import write_bytes
+from qdiff_fx.step_timing import step_milliseconds
 
 logger = logging.getLogger(__name__)
 
@@ -226,14 +227,32 @@ class QuantizedUNet(GraphUNet):
         """Where it runs; tensors of the plan that only `save` and another lowering read may lie in main memory."""
         return self._placement
 
-    def _lower(self) -> None:
-        self.backend = select_backend(self.requested_backend, self.device.type).name
+    def _candidates(self, kept: LoweringReport | None) -> tuple[str, ...]:
+        """Backends to lower to: one, or those between which a timed step decides."""
+        device = self.device.type
+        if self.autotune and self.requested_backend == "auto":
+            if kept is not None and kept.steps and BACKENDS[kept.backend].unavailable(device) is None:
+                return (kept.backend,)
+            if rivals := rival_backends(device):
+                return rivals
+        return (select_backend(self.requested_backend, device).name,)
+
+    def _lower(self, kept: LoweringReport | None = None) -> None:
+        """Lower the plan; `kept` is the report of what this is a copy of, whose backend is not chosen anew."""
+        names = self._candidates(kept)
         self.plan.to(self.device)
         machine = machine_signature() if self.autotune else ""
         known = self.timings.get(machine, {}) if self.autotune else None
-        lowered, self._report = lower(self.plan, self.backend, self.signature, strict=self.strict, timings=known)
-        if self._report.timings:
-            self.timings[machine] = self._report.timings
+        found = {name: lower(self.plan, name, self.signature, strict=self.strict, timings=known) for name in names}
+        for _, report in found.values():
+            if report.timings:
+                self.timings[machine] = report.timings
+        steps = kept.steps if kept is not None and names == (kept.backend,) else {}
+        if len(found) > 1:
+            steps = step_milliseconds({name: graph_module for name, (graph_module, _) in found.items()}, self.plan)
+        self.backend = min(names, key=lambda name: steps.get(name, 0.0))
+        lowered, report = found[self.backend]
+        self._report = replace(report, steps=steps)
         # Not a submodule: its packed weights can neither be copied nor saved, and the plan owns all the rest.
         self.__dict__["lowered"] = lowered
         if self.device.type == "cuda":
@@ -253,7 +272,7 @@ class QuantizedUNet(GraphUNet):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._lower()
+        self._lower(self._report)
 
     def run(self, inputs: tuple[Tensor, ...]) -> Any:
         if self._separate is not None:

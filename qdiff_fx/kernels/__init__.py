@@ -22,7 +22,10 @@ BACKENDS: Mapping[str, Backend] = {
 }
 """Every backend by name; "auto" takes the first available one of AUTO_ORDER."""
 
-AUTO_ORDER = ("x86", "cuda", "reference")
+AUTO_ORDER = ("x86", "cuda", "openvino", "reference")
+
+RIVALS = ("x86", "openvino")
+"""Backends for one kind of device: with autotune, "auto" times a step on each and takes the fastest."""
 
 
 def select_backend(name: str, device: str) -> Backend:
@@ -39,6 +42,13 @@ def select_backend(name: str, device: str) -> Backend:
     if reason is not None:
         raise BackendError(f"backend {name!r} cannot run here: {reason}")
     return BACKENDS[name]
+
+
+def rival_backends(device: str) -> tuple[str, ...]:
+    """Those of RIVALS that can run here on `device`, () if there is nothing to choose between."""
+    fitting = [name for name in RIVALS if device in BACKENDS[name].devices]
+    found = tuple(name for name in fitting if BACKENDS[name].unavailable(device) is None)
+    return found if len(found) > 1 else ()
 
 
 def usable_device(device: str | torch.device) -> torch.device:
