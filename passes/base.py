@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -117,10 +117,15 @@ def finish(graph_module: fx.GraphModule) -> None:
 
 
 def run_passes(
-    passes: tuple[GraphPass, ...], graph_module: fx.GraphModule, context: PassContext
+    passes: tuple[GraphPass, ...],
+    graph_module: fx.GraphModule,
+    context: PassContext,
+    on_pass: Callable[[str], None] | None = None,
 ) -> tuple[PassResult, ...]:
-    """Run `passes` in order on `graph_module`."""
+    """Run `passes` in order on `graph_module`; `on_pass` gets the name of each as it begins."""
     results: list[PassResult] = []
     for graph_pass in passes:
+        if on_pass is not None:
+            on_pass(graph_pass.name)
         results.append(graph_pass.run(graph_module, context))
     return tuple(results)

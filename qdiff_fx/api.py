@@ -29,6 +29,7 @@ from qdiff_fx.calibration.driver import (
     quantizer_rows,
     reset,
 )
+from qdiff_fx.calibration.progress import named_steps
 from qdiff_fx.calibration.provenance import noise_process
 from qdiff_fx.calibration.report import CalibrationReport, quality_line
 from qdiff_fx.checkpoint import DEFAULT_SHARD_BYTES
@@ -51,10 +52,10 @@ from qdiff_fx.reconstruction import ReconstructionConfig
 from qdiff_fx.stages import (
     decide,
     equalize_attentions,
+    error_rows,
     fitting_anew,
     guard,
     hold_out,
-    layer_errors,
     learn_blocks,
     measure_quality,
     meet_target,
@@ -70,6 +71,7 @@ def prepare(
     *,
     example_inputs: Sequence[Any] | None = None,
     example_kwargs: Mapping[str, Any] | None = None,
+    progress: bool | None = None,
 ) -> PreparedUNet:
     """`unet` as a graph with observers and fake-quantize modules in it; `unet` itself is not changed.
 
@@ -78,6 +80,7 @@ def prepare(
       config: what to quantize; None is `QDiffConfig.preset("w4a8")`.
       example_inputs, example_kwargs: an example call with a batch of 2 or more. It fixes the call's form: optional
         inputs that are given here must be given in every later call, others must not.
+      progress: show a progress bar; None does so on a terminal.
 
     Raises:
       InputError: for a pipeline, an already prepared or converted model, or a module without example inputs.
@@ -88,15 +91,17 @@ def prepare(
     is_diffusers = isinstance(unet, ModelMixin) and "return_dict" in inspect.signature(unet.forward).parameters
     if example_inputs is None and example_kwargs is None:
         example_inputs, example_kwargs = example_call(unet)
-    captured = capture(
-        unet,
-        example_inputs or (),
-        example_kwargs,
-        sample_input=config.sample_input,
-        forced={"return_dict": False} if is_diffusers else None,
-    )
-    context = PassContext(config=config, signature=captured.signature, noise_level=NoiseLevel())
-    results = run_passes(PREPARE, captured.graph_module, context)
+    with named_steps("prepare", total=1 + len(PREPARE), progress=progress) as begin:
+        begin("capture")
+        captured = capture(
+            unet,
+            example_inputs or (),
+            example_kwargs,
+            sample_input=config.sample_input,
+            forced={"return_dict": False} if is_diffusers else None,
+        )
+        context = PassContext(config=config, signature=captured.signature, noise_level=NoiseLevel())
+        results = run_passes(PREPARE, captured.graph_module, context, begin)
     return PreparedUNet(
         captured.graph_module,
         config,
@@ -161,7 +166,7 @@ def _calibrate(
     started = time.monotonic()
     config = prepared.qdiff_config
     data, held = hold_out(data, holdout, config.seed)
-    folded = equalize_attentions(prepared, data)
+    folded = equalize_attentions(prepared, data, progress=progress)
     folder = None if checkpoint_dir is None else Path(checkpoint_dir)
     observe_and_fit(prepared, data, batch_size, folder, progress)
     maxima = observed_maxima(prepared.graph_module)
@@ -185,10 +190,7 @@ def _calibrate(
         reconstruction=tuple(block.to_dict() for block in blocks),
         factors=tuple(asdict(choice) for choice in (*folded, *decisions.factors)),
         raises=tuple(item.to_dict() for item in raises),
-        sensitivity=tuple(
-            {"name": name, "error": error}
-            for name, error in layer_errors(prepared.graph_module, decisions.estimate).items()
-        ),
+        sensitivity=error_rows(prepared, decisions),
         quality={
             "samples": len(held),
             "pooled_db": _finite_or_none(quality.pooled_db),
@@ -197,7 +199,7 @@ def _calibrate(
             "accepted": guard(quality, decisions, prepared),
         },
     )
-    prepared.calibration = report.summary() | {"shapes": _shapes(data)}
+    prepared.calibration = report.summary() | {"shapes": {leaf.name: list(leaf.shape) for leaf in data.signature}}
     return report
 
 
@@ -257,6 +259,7 @@ def convert(
     autotune: bool = False,
     dtype: torch.dtype | None = None,
     release: bool = False,
+    progress: bool | None = None,
 ) -> QuantizedUNet:
     """`prepared` with packed integer weights and integer operators, lowered to `backend`.
 
@@ -273,6 +276,7 @@ def convert(
         one. Off, one model runs on the same kernels everywhere.
       dtype: the carrier type; None keeps the model's own.
       release: consume `prepared`: its floating weights are freed as they are packed, it cannot be used again.
+      progress: show progress bars; None does so on a terminal.
 
     Raises:
       InputError: for `strict` and `autotune` together.
@@ -287,7 +291,7 @@ def convert(
     maxima = prepared.calibration.get("maxima") or observed_maxima(prepared.graph_module)
     check_carrier(prepared.dtype if dtype is None else dtype, maxima)
     fit_activations(prepared.graph_module)
-    fit_weights(prepared.graph_module)
+    fit_weights(prepared.graph_module, progress=progress)
     if not prepared.calibrated:
         _finish_short_way(prepared)
     graph_module = prepared.graph_module if release else shared_copy(prepared.graph_module)
@@ -296,7 +300,8 @@ def convert(
         prepared.qdiff_stage = "released"
         gc.collect()  # the original module, if it was let go, may hang in the reference cycles of its capture
     context = PassContext(config=prepared.qdiff_config, signature=prepared.signature)
-    run_passes(CONVERT, graph_module, context)
+    with named_steps("convert", total=len(CONVERT), progress=progress) as begin:
+        run_passes(CONVERT, graph_module, context, begin)
     plan = pruned(graph_module)
     freeze_parameters(plan)
     signature = prepared.signature
@@ -309,6 +314,7 @@ def convert(
         strict=strict,
         autotune=autotune,
         calibration=prepared.calibration,
+        progress=progress,
         signature=signature,
         output=prepared.output,
         model_config=dict(prepared.config),
@@ -316,7 +322,13 @@ def convert(
     )
 
 
-def save(quantized: QuantizedUNet, directory: str | Path, *, max_shard_bytes: int = DEFAULT_SHARD_BYTES) -> None:
+def save(
+    quantized: QuantizedUNet,
+    directory: str | Path,
+    *,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    progress: bool | None = None,
+) -> None:
     """Make `directory` hold `quantized`: plan.json and safetensors, whatever the backend.
 
     Atomic: a kill or a full disk leaves the model that the directory held before.
@@ -324,6 +336,7 @@ def save(quantized: QuantizedUNet, directory: str | Path, *, max_shard_bytes: in
     Args:
       quantized: what `convert` or `load` returned; compiled or not.
       max_shard_bytes: tensors are divided into files of at most so many bytes.
+      progress: show a progress bar; None does so on a terminal.
 
     Raises:
       ConversionError: for a model that is not converted.
@@ -332,7 +345,7 @@ def save(quantized: QuantizedUNet, directory: str | Path, *, max_shard_bytes: in
     model = getattr(quantized, "_orig_mod", quantized)
     if not isinstance(model, QuantizedUNet):
         raise ConversionError(f"save() takes what convert() returned, got a {type(model).__name__}; call convert first")
-    model.save(directory, max_shard_bytes=max_shard_bytes)
+    model.save(directory, max_shard_bytes=max_shard_bytes, progress=progress)
 
 
 def load(
@@ -342,6 +355,7 @@ def load(
     device: str | torch.device = "cpu",
     strict: bool = False,
     autotune: bool = False,
+    progress: bool | None = None,
 ) -> QuantizedUNet:
     """The model that `save` wrote, lowered to `backend`; needs neither the original module nor its weights.
 
@@ -354,12 +368,15 @@ def load(
       strict: refuse any fallback from integer kernels.
       autotune: as in `convert`; times that the directory holds for this machine are used, others are taken and added
         to it (autotune.json).
+      progress: show progress bars; None does so on a terminal.
 
     Raises:
       CheckpointError: for a missing, damaged or edited file, or another format version; names the file and field.
       BackendError: for an unknown or unavailable backend or device, or a fallback under `strict`.
     """
-    quantized = QuantizedUNet.load(directory, backend, device=device, strict=strict, autotune=autotune)
+    quantized = QuantizedUNet.load(
+        directory, backend, device=device, strict=strict, autotune=autotune, progress=progress
+    )
     logger.info("%s: %s", directory, quality_line(quantized.calibration))
     return quantized
 
@@ -378,7 +395,3 @@ def _finish_short_way(prepared: PreparedUNet) -> None:
 def _finite_or_none(decibel: float) -> float | None:
     """JSON knows no infinity: None stands for equal outputs."""
     return decibel if math.isfinite(decibel) else None
-
-
-def _shapes(data: CalibrationSet) -> dict[str, list[int]]:
-    return {leaf.name: list(leaf.shape) for leaf in data.signature}

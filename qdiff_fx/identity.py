@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from torch import Tensor
 
 from qdiff_fx.calibration import CalibrationSet
+from qdiff_fx.calibration.progress import progress_bar
 from qdiff_fx.config import QDiffConfig
 from qdiff_fx.model import PreparedUNet
 from qdiff_fx.safe_io import tensor_bytes
@@ -24,12 +25,19 @@ def model_digest(prepared: PreparedUNet) -> str:
     return tensors_digest(prepared.graph_module.code, prepared.graph_module.named_parameters())
 
 
-def tensors_digest(text: str, tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """SHA-256 over a text and named tensors: names, shapes, types and values."""
+def tensors_digest(text: str, tensors: Iterable[tuple[str, Tensor]], *, progress: bool | None = False) -> str:
+    """SHA-256 over a text and named tensors: names, shapes, types and values.
+
+    Args:
+      progress: show a bar; None does so on a terminal.
+    """
     result = hashlib.sha256(text.encode())
-    for name, tensor in tensors:
-        result.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        result.update(tensor_bytes(tensor))
+    named = list(tensors)
+    with progress_bar("identity", total=len(named), progress=progress, unit="tensor") as bar:
+        for name, tensor in named:
+            result.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            result.update(tensor_bytes(tensor))
+            bar.update(1)
     return result.hexdigest()
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from qdiff_fx.autotune import Timings, choose_carrier_layers
+from qdiff_fx.calibration.progress import named_steps
 from qdiff_fx.config import QDiffConfig
 from qdiff_fx.errors import InputError
 from qdiff_fx.graph.edit import LAYER_OPERATORS, get_tensor, shared_copy, stored_bytes
@@ -135,6 +136,7 @@ def lower(
     strict: bool = False,
     separate: bool = False,
     timings: Timings | None = None,
+    progress: bool | None = False,
 ) -> tuple[fx.GraphModule, LoweringReport]:
     """The plan rewritten to `backend`'s kernels, sharing its tensors, and what runs where.
 
@@ -142,6 +144,7 @@ def lower(
       strict, separate: see `PassContext`.
       timings: choose between integers and the carrier type by these, taking those that are missing; None runs every
         integer layer on integers.
+      progress: show a bar; None does so on a terminal.
     """
     lowered = shared_copy(plan)
     reported = [node for node in lowered.graph.nodes if node.target in _LAYERS]
@@ -150,8 +153,9 @@ def lower(
     context = PassContext(config=QDiffConfig(), signature=signature, strict=strict, separate=separate)
     if timings is not None and backend in AUTOTUNED:
         run_passes((ShareQuantizeSteps(),), lowered, context)
-        context.carrier_layers, timings = choose_carrier_layers(lowered, timings)
-    run_passes(LOWER[backend], lowered, context)
+        context.carrier_layers, timings = choose_carrier_layers(lowered, timings, progress=progress)
+    with named_steps(f"lower to {backend}", total=len(LOWER[backend]), progress=progress) as begin:
+        run_passes(LOWER[backend], lowered, context, begin)
     return lowered, LoweringReport(
         backend=backend,
         rows=tuple(_rows(lowered)),

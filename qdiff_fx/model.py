@@ -206,6 +206,7 @@ class QuantizedUNet(GraphUNet):
         autotune: bool = False,
         timings: Mapping[str, Timings] | None = None,
         calibration: Mapping[str, Any] | None = None,
+        progress: bool | None = False,
         **shell: Any,
     ) -> None:
         super().__init__(**shell)
@@ -220,7 +221,7 @@ class QuantizedUNet(GraphUNet):
         self.__dict__["_separate"] = None
         self._placement = super().device
         self.eval()
-        self._lower()
+        self._lower(progress=progress)
 
     @property
     def device(self) -> torch.device:
@@ -237,13 +238,16 @@ class QuantizedUNet(GraphUNet):
                 return rivals
         return (select_backend(self.requested_backend, device).name,)
 
-    def _lower(self, kept: LoweringReport | None = None) -> None:
+    def _lower(self, kept: LoweringReport | None = None, *, progress: bool | None = False) -> None:
         """Lower the plan; `kept` is the report of what this is a copy of, whose backend is not chosen anew."""
         names = self._candidates(kept)
         self.plan.to(self.device)
         machine = machine_signature() if self.autotune else ""
         known = self.timings.get(machine, {}) if self.autotune else None
-        found = {name: lower(self.plan, name, self.signature, strict=self.strict, timings=known) for name in names}
+        found = {
+            name: lower(self.plan, name, self.signature, strict=self.strict, timings=known, progress=progress)
+            for name in names
+        }
         for _, report in found.values():
             if report.timings:
                 self.timings[machine] = report.timings
@@ -337,7 +341,13 @@ class QuantizedUNet(GraphUNet):
             self._lower()
         return self
 
-    def save(self, folder: str | Path, *, max_shard_bytes: int = DEFAULT_SHARD_BYTES) -> None:
+    def save(
+        self,
+        folder: str | Path,
+        *,
+        max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+        progress: bool | None = False,
+    ) -> None:
         """Write the plan, not what it was lowered to. See `qdiff_fx.save`."""
         model = StoredModel(
             plan=self.plan,
@@ -348,7 +358,7 @@ class QuantizedUNet(GraphUNet):
             returns_dict=self.returns_dict,
             calibration=self.calibration,
         )
-        write_model(model, Path(folder), max_shard_bytes=max_shard_bytes)
+        write_model(model, Path(folder), max_shard_bytes=max_shard_bytes, progress=progress)
         if self.timings:
             write_timings(Path(folder), self.timings)
 
@@ -361,10 +371,11 @@ class QuantizedUNet(GraphUNet):
         device: str | torch.device = "cpu",
         strict: bool = False,
         autotune: bool = False,
+        progress: bool | None = False,
     ) -> Self:
         """The model that `save` wrote. See `qdiff_fx.load`."""
         timings = read_timings(Path(folder)) if autotune else {}
-        model = read_model(Path(folder), usable_device(device))
+        model = read_model(Path(folder), usable_device(device), progress=progress)
         result = cls(
             model.plan,
             model.config,
@@ -373,6 +384,7 @@ class QuantizedUNet(GraphUNet):
             autotune=autotune,
             timings=timings,
             calibration=model.calibration,
+            progress=progress,
             signature=model.signature,
             output=model.output,
             model_config=model.model_config,

@@ -90,11 +90,15 @@ def hold_out(data: CalibrationSet, holdout: CalibrationSet | None, seed: int) ->
     return data.split(HOLDOUT_SHARE, seed=seed)
 
 
-def equalize_attentions(prepared: PreparedUNet, data: CalibrationSet) -> tuple[FactorChoice, ...]:
+def equalize_attentions(
+    prepared: PreparedUNet, data: CalibrationSet, *, progress: bool | None = False
+) -> tuple[FactorChoice, ...]:
     """Fold channel factors of attention operands into their projections, before anything is observed."""
     if not prepared.qdiff_config.equalize:
         return ()
-    return fold_attention_factors(prepared.graph_module, prepared.signature, data, seed=prepared.qdiff_config.seed)
+    return fold_attention_factors(
+        prepared.graph_module, prepared.signature, data, seed=prepared.qdiff_config.seed, progress=progress
+    )
 
 
 def observe_and_fit(
@@ -290,6 +294,12 @@ def worst_layers(graph_module: fx.GraphModule, estimate: ErrorEstimate | None, c
     """Names of the layers whose quantizers are predicted to cause most of the remaining error."""
     errors = layer_errors(graph_module, estimate)
     return tuple(sorted(errors, key=lambda name: -errors[name])[:count])
+
+
+def error_rows(prepared: PreparedUNet, decisions: Decisions) -> tuple[dict[str, Any], ...]:
+    """`layer_errors` as a CalibrationReport holds them."""
+    errors = layer_errors(prepared.graph_module, decisions.estimate)
+    return tuple({"name": name, "error": error} for name, error in errors.items())
 
 
 def layer_errors(graph_module: fx.GraphModule, estimate: ErrorEstimate | None) -> dict[str, float]:

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -36,6 +37,15 @@ def quantized(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert main(["collect", str(model), "--out", data, *sizes]) == 0
     assert main(["quantize", str(model), "--preset", "w8a8", "--calibration", data, "--out", str(folder)]) == 0
     return folder
+
+
+def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
+    """The JSON document on stdout of a call with --json that says nothing else."""
+    capsys.readouterr()
+    assert main([*arguments, "--json"]) == 0
+    shown = capsys.readouterr()
+    assert shown.err == ""
+    return json.loads(shown.out)
 
 
 def error_line(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -116,6 +126,7 @@ def test_evaluate_writes_figures_that_report_renders(
     html = (tmp_path / "report.html").read_text()
     assert "end-point" in html
     assert html.count("data:image/png;base64,") == 2  # pictures of both networks
+    assert "skip connections" in html and "conv_shortcut#1" in html
 
 
 def test_evaluate_measures_parts_distributions_and_intervals_on_request(
@@ -166,6 +177,20 @@ def test_a_saved_network_alone_has_a_report_too(quantized: Path, tmp_path: Path)
     assert main(["report", str(alone), "--out", str(tmp_path / "page.html")]) == 0
     html = (tmp_path / "page.html").read_text()
     assert "conv_shortcut#1" in html and "skip connections" in html and "dB SQNR" in html
+
+
+def test_collect_quantize_and_sample_print_json_and_nothing_else(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, out, picture = (str(tmp_path / name) for name in ("set", "net", "picture.png"))
+    told = printed(capsys, "collect", str(model), "--out", data, "--steps", "3", "--timesteps", "3", "--samples", "10")
+    assert told["out"] == data and told["inputs"] == 30 and len(told["timesteps"]) == 3
+    told = printed(capsys, "quantize", str(model), "--preset", "w8a8", "--calibration", data, "--out", out)
+    assert told["preset"] == "w8a8" and 0 < told["share_of_fp32"] < 1 and told["quality"]["accepted"]
+    told = printed(capsys, "sample", out, "--out", picture, "--samples", "2", "--steps", "2")
+    assert told == {"out": picture, "model": out, "samples": 2, "steps": 2, "seed": 0}
+    told = printed(capsys, "evaluate", str(model), out, "--samples", "2", "--steps", "2", "--timesteps", "2")
+    assert told["kind"] == "evaluate" and told["table"][0]["psnr_median_db"] > 10
 
 
 def test_a_report_is_an_html_file(quantized: Path, capsys: pytest.CaptureFixture[str]) -> None:

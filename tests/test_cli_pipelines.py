@@ -105,12 +105,16 @@ def test_every_other_part_is_copied_as_it_was(quantized: Path, folders: dict[str
     assert not list((quantized / "unet").glob("diffusion_pytorch_model*"))
 
 
-def test_both_pipelines_sample_from_a_prompt(quantized: Path, folders: dict[str, Path], tmp_path: Path) -> None:
+def test_both_pipelines_sample_from_a_prompt_and_are_quiet_off_a_terminal(
+    quantized: Path, folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
     pictures = []
     for name, folder in (("a.png", folders["sd"]), ("b.png", quantized)):
         prompts = ["--prompt", "a boot", "--prompt", "a red"]
         assert main(["sample", str(folder), "--out", str(tmp_path / name), "--steps", "3", *prompts]) == 0
         pictures.append(_pixels(tmp_path / name))
+        assert capsys.readouterr().err == ""
     assert pictures[0].shape[1] > 1.9 * pictures[0].shape[0]  # two pictures beside each other
     assert 0 < np.abs(pictures[0] - pictures[1]).mean() < 0.02 * 255
 

@@ -19,6 +19,7 @@ from qdiff_fx.allocation.channel_factors import FactorChoice
 from qdiff_fx.allocation.factor_search import EXPONENTS, smoothing_factor
 from qdiff_fx.allocation.probe import flat_inputs, spread_rows
 from qdiff_fx.calibration import CalibrationSet
+from qdiff_fx.calibration.progress import progress_bar
 from qdiff_fx.fake_quantize import ActivationQuantizer, AttentionQuantizer, QuantizerMode, preserved_modes, set_mode
 from qdiff_fx.graph.edit import LayerCall, get_tensor, layer_call, set_tensor
 from qdiff_fx.graph.memory import row_memory, rows_within
@@ -82,6 +83,7 @@ def fold_attention_factors(
     samples: int = 32,
     batch_size: int = 4,
     seed: int = 0,
+    progress: bool | None = False,
 ) -> tuple[FactorChoice, ...]:
     """Equalise the operands of every quantized attention; the network's full-precision output stays what it was.
 
@@ -101,7 +103,7 @@ def fold_attention_factors(
     ]
     if not attentions:
         return ()
-    seen = _observe(graph_module, attentions, signature, data, samples, batch_size, seed)
+    seen = _observe(graph_module, attentions, signature, data, samples, batch_size, seed, progress)
     choices: list[FactorChoice] = []
     for node in attentions:
         name = graph_module.get_submodule(str(node.target)).name
@@ -183,6 +185,7 @@ def _observe(
     samples: int,
     batch_size: int,
     seed: int,
+    progress: bool | None,
 ) -> dict[fx.Node, _Seen]:
     seen = {node: _Seen(rows={}, maxima={}, columns=None) for node in attentions}
     device = next(graph_module.parameters()).device
@@ -190,13 +193,16 @@ def _observe(
     batch_size = rows_within(2 * memory.forward, batch_size)
     with preserved_modes(graph_module):
         set_mode(graph_module, QuantizerMode.PASS)
-        for rows in torch.split(spread_rows(data, samples, seed), batch_size):
-            recorder = _Recorder(graph_module, seen)
-            recorder.run(*flat_inputs(data, rows, signature, device))
-            for node, item in seen.items():
-                path = _path_forward(graph_module, node)
-                if path is not None and "value" in item.rows:
-                    item.columns = recorder.columns(node, item.rows["value"], path)
+        batches = torch.split(spread_rows(data, samples, seed), batch_size)
+        with progress_bar("attention factors", total=len(batches), progress=progress) as bar:
+            for rows in batches:
+                recorder = _Recorder(graph_module, seen)
+                recorder.run(*flat_inputs(data, rows, signature, device))
+                for node, item in seen.items():
+                    path = _path_forward(graph_module, node)
+                    if path is not None and "value" in item.rows:
+                        item.columns = recorder.columns(node, item.rows["value"], path)
+                bar.update(1)
     return seen
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +16,7 @@ from tqdm import tqdm
 from qdiff_fx.calibration.collection import Collection
 from qdiff_fx.calibration.conditions import draw_rows
 from qdiff_fx.calibration.non_finite import first_non_finite
+from qdiff_fx.calibration.progress import shows_progress
 from qdiff_fx.calibration.shard import Shard
 from qdiff_fx.calibration.split_call import CallRows, parameter_names, split_call
 from qdiff_fx.calibration.storage import INDEX, Index, check_free, make_shard, read_index, remove_unlisted, write_index
@@ -36,7 +36,7 @@ def collect(collection: Collection, *, path: Path | None, progress: bool | None)
     starts = range(0, trajectories, collection.batch_size)
     shards: list[Shard] = []
     if path is not None:
-        finished = _finished(path, request)
+        finished = _finished(path, request, progress)
         if finished.complete:
             return finished
         shards = list(finished.shards)
@@ -50,7 +50,8 @@ def collect(collection: Collection, *, path: Path | None, progress: bool | None)
         initial=done * (steps[-1] + 1),
         desc="calibration data",
         unit="step",
-        disable=not (sys.stderr.isatty() if progress is None else progress),
+        leave=False,
+        disable=not shows_progress(progress),
     )
     with bar, _evaluating(collection.unet):
         for number, start in enumerate(starts):
@@ -180,14 +181,14 @@ def _shard(parts: Sequence[CallRows], path: Path | None) -> Shard:
     return make_shard(form, torch.cat([part.timesteps for part in parts]), leaves, path)
 
 
-def _finished(path: Path, request: Mapping[str, Any]) -> Index:
+def _finished(path: Path, request: Mapping[str, Any], progress: bool | None) -> Index:
     """What an earlier call with the same request left in `path`, verified; a new, empty index if nothing."""
     if not (path / INDEX).exists():
         check_free(path)
         index = Index(request=request, complete=False)
         write_index(path, index)  # so that a second call knows the folder even if no shard was finished
         return index
-    index = read_index(path, verify=True)
+    index = read_index(path, verify=True, progress=progress)
     if index.request is None:
         raise InputError(f"path={path}: holds a set that was not made by collect; choose another folder")
     for key in sorted({*request, *index.request}):

@@ -82,6 +82,7 @@ def make_collection(
     sample_shape: Sequence[int] | None,
     batch_size: int,
     seed: int,
+    progress: bool | None = False,
 ) -> Collection:
     """The collection that these arguments of `CalibrationSet.collect` ask for. Raises InputError with the remedy."""
     unet = getattr(pipe_or_unet, "unet", None)
@@ -109,6 +110,7 @@ def make_collection(
             guidance_scale=guidance_scale,
             num_inference_steps=num_inference_steps,
             sample_shape=sample_shape,
+            progress=progress,
         )
         sample_shape = seen if sample_shape is None else sample_shape
     else:

@@ -160,6 +160,7 @@ class CalibrationSet:
             sample_shape=sample_shape,
             batch_size=batch_size,
             seed=seed,
+            progress=progress,
         )
         return cls(run_collection(collection, path=None if path is None else Path(path), progress=progress))
 
@@ -232,16 +233,17 @@ class CalibrationSet:
         return cls(Index(metadata={"source": "samples"}, shards=shards_of_calls(samples, timestep, num_timesteps)))
 
     @classmethod
-    def load(cls, path: str | Path, *, verify: bool = True) -> CalibrationSet:
+    def load(cls, path: str | Path, *, verify: bool = True, progress: bool | None = None) -> CalibrationSet:
         """The set that `save`, `collect` or `record` left in the folder `path`; rows stay there until they are used.
 
         Args:
           path: the folder.
           verify: read every shard through once and compare its SHA-256.
+          progress: show a progress bar; None does so on a terminal.
 
         Raises: CheckpointError if anything is missing, damaged, unfinished or of another version.
         """
-        index = read_index(Path(path), verify=verify)
+        index = read_index(Path(path), verify=verify, progress=progress)
         if not index.complete:
             raise CheckpointError(f"{path}: the collection is unfinished; call collect again with the same arguments")
         return cls(index)

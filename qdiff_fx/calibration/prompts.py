@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from qdiff_fx.calibration.conditions import Conditions
+from qdiff_fx.calibration.progress import progress_bar
 from qdiff_fx.calibration.split_call import parameter_names
 from qdiff_fx.errors import InputError
 
@@ -38,6 +39,7 @@ def conditions_of_prompts(
     guidance_scale: float,
     num_inference_steps: int,
     sample_shape: Sequence[int] | None,
+    progress: bool | None = False,
 ) -> tuple[Conditions, tuple[int, ...]]:
     """(conditions of all prompts, both guidance branches where the pipeline runs both; (C, H, W) of the sample).
 
@@ -49,6 +51,7 @@ def conditions_of_prompts(
       prompts: one or more texts.
       guidance_scale, num_inference_steps: handed to the pipeline.
       sample_shape: (C, H, W) to ask for; None leaves the size to the pipeline.
+      progress: show a bar; None does so on a terminal.
 
     Raises: InputError if the prompts are no list of texts, or the pipeline needs more than prompts.
     """
@@ -61,11 +64,12 @@ def conditions_of_prompts(
         factor = getattr(pipe, "vae_scale_factor", 1)
         call |= {"height": sample_shape[-2] * factor, "width": sample_shape[-1] * factor}
     parts: list[list[dict[str, Any]]] = []
-    with _undisturbed(pipe):
+    with _undisturbed(pipe), progress_bar("prompts", total=len(prompts), progress=progress) as bar:
         for start in range(0, len(prompts), _PROMPTS_AT_A_TIME):
             chosen = list(prompts[start : start + _PROMPTS_AT_A_TIME])
             seen = _first_call(pipe, chosen, call)
             parts.append(_branches(seen, len(chosen), type(pipe).__name__))
+            bar.update(len(chosen))
     merged = [_joined([part[branch] for part in parts]) for branch in range(len(parts[0]))]
     return (
         Conditions(conditional=merged[-1], unconditional=merged[0] if len(merged) == 2 else None, rows=len(prompts)),

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from qdiff_fx.calibration.call_form import CallForm
+from qdiff_fx.calibration.progress import progress_bar
 from qdiff_fx.calibration.shard import Shard, pack_rows
 from qdiff_fx.errors import CheckpointError, InputError
 from qdiff_fx.safe_io import (
@@ -85,12 +86,13 @@ def write_index(folder: Path, index: Index) -> None:
     )
 
 
-def read_index(folder: Path, *, verify: bool) -> Index:
+def read_index(folder: Path, *, verify: bool, progress: bool | None = False) -> Index:
     """The index of `folder` with its shards opened lazily.
 
     Args:
       folder: what `write_index` wrote.
       verify: read every shard through and compare its SHA-256; shapes and dtypes are compared always.
+      progress: show a bar; None does so on a terminal.
 
     Raises: CheckpointError naming the file and what is wrong with it.
     """
@@ -111,8 +113,10 @@ def read_index(folder: Path, *, verify: bool) -> Index:
         file = path_inside(folder, json_field(values, "file", str, path))
         rows = json_field(values, "rows", int, path)
         shards.append(Shard(forms[number], rows, path=file, digest=digest_field(values, "sha256", path)))
-    for shard in shards:
-        shard.check(content=verify)
+    with progress_bar("verify", total=len(shards), progress=progress, unit="file") as bar:
+        for shard in shards:
+            shard.check(content=verify)
+            bar.update(1)
     return Index(
         metadata=json_field(data, "metadata", dict, path),
         shards=tuple(shards),

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qdiff_fx.calibration.progress import named_steps
 from qdiff_fx.checkpoint.model import StoredModel
 from qdiff_fx.checkpoint.plan import TensorEntry, complete_plan, encode_plan, seal_plan
 from qdiff_fx.errors import CheckpointError
@@ -24,7 +25,13 @@ SHARD_NAME = re.compile(r"model(-\d{5}-of-\d{5})?-[0-9a-f]{16}\.safetensors")
 DEFAULT_SHARD_BYTES = 5 * 10**9
 
 
-def write_model(model: StoredModel, folder: Path, *, max_shard_bytes: int = DEFAULT_SHARD_BYTES) -> None:
+def write_model(
+    model: StoredModel,
+    folder: Path,
+    *,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    progress: bool | None = False,
+) -> None:
     """Make `model` the one that `folder` holds.
 
     Shards carry a content hash in their names and never replace each other; the plan names its shards and is put in
@@ -33,6 +40,7 @@ def write_model(model: StoredModel, folder: Path, *, max_shard_bytes: int = DEFA
 
     Args:
       max_shard_bytes: a new shard begins where one would grow past this; a tensor is never divided.
+      progress: show a bar; None does so on a terminal.
 
     Raises: CheckpointError if the graph cannot be stored (before anything is written) or the disk is full.
     """
@@ -48,11 +56,17 @@ def write_model(model: StoredModel, folder: Path, *, max_shard_bytes: int = DEFA
         for index, group in enumerate(groups)
         for name, tensor in group.items()
     }
-    plan = encode_plan(model, entries, _library_version(), where)
-    complete_plan(plan, tensors, next((tensor.device for tensor in tensors.values()), torch.device("cpu")), where)
-    _make_folder(folder)
-    remove_partial_files(folder)
-    plan["shards"] = [_write_shard(folder, group, index, len(groups)) for index, group in enumerate(groups)]
+    with named_steps("save", total=len(groups) + 2, progress=progress) as begin:
+        begin("plan")
+        plan = encode_plan(model, entries, _library_version(), where)
+        begin("check")
+        complete_plan(plan, tensors, next((tensor.device for tensor in tensors.values()), torch.device("cpu")), where)
+        _make_folder(folder)
+        remove_partial_files(folder)
+        plan["shards"] = []
+        for index, group in enumerate(groups):
+            begin(f"file {index + 1} of {len(groups)}")
+            plan["shards"].append(_write_shard(folder, group, index, len(groups)))
     write_bytes(folder / PLAN_FILE, seal_plan(plan))
     wanted = {shard["name"] for shard in plan["shards"]}
     for path in folder.iterdir():

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from argparse import Namespace
 from pathlib import Path
 
 from qdiff_fx.calibration.timesteps import STRATEGIES
-from qdiff_fx.cli.parser import OneLineParser, future_folder, positive, verb_parser
+from qdiff_fx.cli.parser import OneLineParser, add_json_argument, future_folder, positive, verb_parser
 from qdiff_fx.cli.pipelines import add_prompt_arguments, open_model
 from qdiff_fx.cli.sources import add_source_arguments, require_full_precision
 
@@ -33,6 +34,7 @@ def parser() -> OneLineParser:
     add_collect_arguments(result)
     add_source_arguments(result)
     add_prompt_arguments(result)
+    add_json_argument(result)
     return result
 
 
@@ -50,4 +52,8 @@ def run(arguments: Namespace) -> None:
         seed=arguments.seed,
         path=arguments.out,
     )
+    if arguments.json:
+        counts = {"inputs": len(data), "timesteps": list(data.timesteps)}
+        print(json.dumps({"out": str(arguments.out), **counts, "fingerprint": data.fingerprint}, indent=1))
+        return
     print(f"{arguments.out}: {len(data)} inputs at {len(data.timesteps)} timesteps, {data.fingerprint[:12]}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from argparse import Namespace
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from torch import Tensor
 
 import qdiff_fx
 from qdiff_fx.calibration import CalibrationSet
-from qdiff_fx.cli.parser import OneLineParser, output_folder, positive, verb_parser
+from qdiff_fx.cli.parser import OneLineParser, add_json_argument, output_folder, positive, verb_parser
 from qdiff_fx.cli.sources import Source, copy_sampling_files, open_source
 from qdiff_fx.evaluation import confident_share, endpoint_psnr
 from qdiff_fx.evaluation.arms import ARMS, STUDY_PRESETS, Arm, pass_activations, widen_weights
@@ -56,6 +57,7 @@ def parser() -> OneLineParser:
     result.add_argument("--samples", type=positive, default=16, help="trajectories that are measured (16)")
     result.add_argument("--calibration-samples", type=positive, default=32, metavar="N", help="inputs a timestep (32)")
     result.add_argument("--calibration-timesteps", type=positive, default=10, metavar="N", help="timesteps (10)")
+    add_json_argument(result)
     return result
 
 
@@ -67,6 +69,7 @@ class Demo:
     folder: Path
     steps: int
     samples: int
+    quiet: bool = False
     seconds: dict[str, float] = field(default_factory=dict)
     table: list[dict[str, Any]] = field(default_factory=list)
     sizes: dict[str, int] = field(default_factory=dict)
@@ -74,11 +77,16 @@ class Demo:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Time a stage and say that it is done."""
+        """Time a stage, and say that it is done unless the caller wants JSON alone."""
         started = time.monotonic()
         yield
         self.seconds[name] = time.monotonic() - started
-        print(f"  {name:<46}{self.seconds[name]:6.1f} s", flush=True)
+        self.say(f"  {name:<46}{self.seconds[name]:6.1f} s")
+
+    def say(self, line: str) -> None:
+        """Print a line at once, unless the caller wants JSON alone."""
+        if not self.quiet:
+            print(line, flush=True)
 
     @property
     def noise(self) -> Tensor:
@@ -94,8 +102,14 @@ def run(arguments: Namespace) -> None:
     """Run all stages, write all files, print the table."""
     started = time.monotonic()
     folder = output_folder(arguments.out)
-    demo = Demo(source=open_source(MODEL), folder=folder, steps=arguments.steps, samples=arguments.samples)
-    print(f"qdiff-fx demo: {MODEL}, DDIM-{demo.steps}, results in {folder}/", flush=True)
+    demo = Demo(
+        source=open_source(MODEL),
+        folder=folder,
+        steps=arguments.steps,
+        samples=arguments.samples,
+        quiet=arguments.json,
+    )
+    demo.say(f"qdiff-fx demo: {MODEL}, DDIM-{demo.steps}, results in {folder}/")
     with demo.stage("collect calibration data"):
         data = demo.source.collect(
             guidance_scale=1.0,
@@ -120,6 +134,9 @@ def run(arguments: Namespace) -> None:
     document["total_seconds"] = time.monotonic() - started
     write_json(folder / "demo.json", document)
     report = write_report(folder)
+    if arguments.json:
+        print(json.dumps(document | {"report": str(report)}, indent=1))
+        return
     print()
     print(text_table(ARM_HEADER, [arm_cells(row) for row in demo.table], numeric=ARM_NUMERIC))
     print()

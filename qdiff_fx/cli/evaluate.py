@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from qdiff_fx.cli import measurements
-from qdiff_fx.cli.parser import OneLineParser, output_folder, positive, verb_parser
+from qdiff_fx.cli.parser import OneLineParser, add_json_argument, output_folder, positive, verb_parser
 from qdiff_fx.cli.plugins import loadable, named_loadable
 from qdiff_fx.cli.sources import BUNDLED, add_source_arguments, open_source, require_full_precision
 from qdiff_fx.errors import InputError
 from qdiff_fx.evaluation import confident_share
 from qdiff_fx.kernels.machine import describe_machine
-from qdiff_fx.report.documents import stored_bytes, table_row
+from qdiff_fx.report.documents import network_entries, stored_bytes, table_row
 from qdiff_fx.report.strips import save_samples
 from qdiff_fx.report.tables import decibels, file_size, text_table
 from qdiff_fx.safe_io import write_json
@@ -58,7 +58,7 @@ def parser() -> OneLineParser:
     )
     result.add_argument("--compile", action="store_true", help="compile both networks for the samples of --frechet")
     result.add_argument("--out", type=Path, metavar="DIR", help="write evaluation.json there; keeps finished samples")
-    result.add_argument("--json", action="store_true", help="print JSON instead of the table")
+    add_json_argument(result)
     result.add_argument("--backend", default="auto", help="kernels of the quantized model (auto)")
     add_source_arguments(result)
     return result
@@ -99,6 +99,7 @@ def run(arguments: Namespace) -> None:
         "reference": {"confident_share": confident_share(yardstick.reference.images) if classified else None},
         "table": [row],
         "sizes": {"fp32": full, "fp16": full // 2, "quantized": stored},
+        **network_entries(quantized.unet),
     }
     document |= measurements.pictures(yardsticks, measured, dict(arguments.metric))
     document |= measurements.intervals(yardsticks, measured, document["picture_metrics"])

@@ -11,7 +11,7 @@ import qdiff_fx
 from qdiff_fx.calibration import CalibrationSet
 from qdiff_fx.calibration.progress import progress_bar
 from qdiff_fx.calibration.report import quality_line
-from qdiff_fx.cli.parser import OneLineParser, verb_parser
+from qdiff_fx.cli.parser import OneLineParser, add_json_argument, verb_parser
 from qdiff_fx.cli.sources import Source, add_source_arguments, open_source
 from qdiff_fx.config import CARRIER_BITS, QDiffConfig
 from qdiff_fx.evaluation.inference import evaluating
@@ -35,7 +35,7 @@ def parser() -> OneLineParser:
     result.add_argument("--preset", default="w4a8", help="w8a8, w4a8 (default), w8a32, w4a32, w4a6 or w4a4")
     result.add_argument("--calibration", type=Path, metavar="SET", help="take the ranges from this set's inputs")
     result.add_argument("--layers", action="store_true", help="also list every layer and block")
-    result.add_argument("--json", action="store_true", help="print JSON")
+    add_json_argument(result)
     add_source_arguments(result)
     return result
 
@@ -74,7 +74,6 @@ def _inputs(source: Source, arguments: Namespace) -> CalibrationSet | None:
         num_inference_steps=_STEPS,
         num_timesteps=_TIMESTEPS,
         samples_per_timestep=_SAMPLES,
-        progress=False,
     )
 
 

@@ -30,6 +30,11 @@ def verb_parser(verb: str, description: str, example: str) -> OneLineParser:
     return parser
 
 
+def add_json_argument(parser: OneLineParser) -> None:
+    """--json: one JSON document on stdout instead of text."""
+    parser.add_argument("--json", action="store_true", help="print one JSON document instead of text, for machines")
+
+
 def positive(text: str) -> int:
     """An integer of at least 1, for argparse."""
     if not text.isdecimal() or int(text) < 1:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from qdiff_fx.calibration.progress import progress_bar
 from qdiff_fx.cli.pipelines import DTYPES, load_pipeline, read_prompts, takes
 from qdiff_fx.errors import InputError
 
@@ -29,17 +32,32 @@ def pipeline_pictures(arguments: Namespace) -> Tensor:
         if prompts:
             raise InputError(f"{name} takes no prompts; leave them out")
         count = arguments.samples or 16
-        return _tensor(pipe(batch_size=count, generator=_generators(arguments.seed, count), **call).images)
+        with _counted(pipe, arguments.steps):
+            return _tensor(pipe(batch_size=count, generator=_generators(arguments.seed, count), **call).images)
     if not prompts:
         raise InputError(f"{name} makes pictures from prompts; pass --prompt TEXT or --prompts FILE")
     call |= {} if arguments.guidance is None else {"guidance_scale": arguments.guidance}
     generators = _generators(arguments.seed, arguments.samples or len(prompts))
     # One at a time: a batch of large pictures need not fit into memory.
-    pictures = [
-        pipe(prompts[index % len(prompts)], generator=generator, **call).images
-        for index, generator in enumerate(generators)
-    ]
+    with _counted(pipe, arguments.steps * len(generators)):
+        pictures = [
+            pipe(prompts[index % len(prompts)], generator=generator, **call).images
+            for index, generator in enumerate(generators)
+        ]
     return _tensor(np.concatenate(pictures))
+
+
+@contextmanager
+def _counted(pipe: Any, calls: int) -> Iterator[None]:
+    """One bar over the calls of the network in all pictures, in the place of the pipeline's own, one a picture."""
+    pipe.set_progress_bar_config(disable=True)
+    with progress_bar("sample", total=calls, progress=None, unit="step") as bar:
+
+        def count(*_: Any) -> None:
+            bar.update(1)
+
+        with pipe.unet.register_forward_hook(count):
+            yield
 
 
 def _generators(seed: int, count: int) -> list[torch.Generator]:

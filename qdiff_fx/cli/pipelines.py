@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import shutil
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ from diffusers import DiffusionPipeline
 
 import qdiff_fx
 from qdiff_fx.calibration import CalibrationSet
+from qdiff_fx.calibration.progress import shows_progress
 from qdiff_fx.cli.sources import Source, load_context, open_source
 from qdiff_fx.errors import CheckpointError, InputError
 from qdiff_fx.safe_io import path_inside, read_json, write_json
@@ -115,12 +119,28 @@ def load_pipeline(name: str, *, dtype: torch.dtype = torch.float32, backend: str
         dtype = parts[_UNET].dtype
     load: Any = DiffusionPipeline.from_pretrained
     try:
-        return load(folder, local_files_only=True, torch_dtype=dtype, **parts)
+        with _quiet_libraries():
+            return load(folder, local_files_only=True, torch_dtype=dtype, **parts)
     except (OSError, ValueError, RuntimeError, ImportError, AttributeError, TypeError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
             f"{name}: diffusers cannot load the pipeline ({first}); restore the folder, or install what it names"
         ) from error
+
+
+@contextmanager
+def _quiet_libraries() -> Iterator[None]:
+    """No bars of the libraries that load the parts, where nobody looks; afterwards all is as it was."""
+    names = ("diffusers.utils.logging", "transformers.utils.logging")
+    modules: list[Any] = [importlib.import_module(name) for name in names if find_spec(name.partition(".")[0])]
+    loud = [module for module in modules if not shows_progress(None) and module.is_progress_bar_enabled()]
+    for module in loud:
+        module.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for module in loud:
+            module.enable_progress_bar()
 
 
 def publish_pipeline(source: PipelineSource, built: Path, out: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import qdiff_fx
 from qdiff_fx.calibration import CalibrationSet
 from qdiff_fx.cli.collect import add_collect_arguments
-from qdiff_fx.cli.parser import OneLineParser, future_folder, verb_parser
+from qdiff_fx.cli.parser import OneLineParser, add_json_argument, future_folder, verb_parser
 from qdiff_fx.cli.pipelines import PipelineSource, add_prompt_arguments, open_model, publish_pipeline
 from qdiff_fx.cli.sources import Source, add_source_arguments, copy_sampling_files, require_full_precision
 from qdiff_fx.config import QDiffConfig
@@ -50,6 +50,7 @@ def parser() -> OneLineParser:
     add_collect_arguments(result)
     add_source_arguments(result)
     add_prompt_arguments(result)
+    add_json_argument(result)
     return result
 
 
@@ -84,6 +85,10 @@ def run(arguments: Namespace) -> None:
         _discard(work)
     stored = document["sizes"][arguments.preset]
     share = stored / document["sizes"]["fp32"]
+    if arguments.json:
+        result = {"out": str(arguments.out), "preset": arguments.preset, "bytes": stored, "share_of_fp32": share}
+        print(json.dumps(result | {"quality": quality, "raises": document["raises"]}, indent=1))
+        return
     print(
         f"{arguments.out}: {arguments.preset.upper()}, {file_size(stored)}, {share:.3f} of fp32; output SQNR "
         f"{decibels(quality['pooled_db'])} dB pooled, {decibels(quality['median_db'])} dB in the median"
@@ -140,7 +145,8 @@ def _is_of(folder: Path, identity: str) -> bool:
 def _identity(source: Source, config: QDiffConfig, data: CalibrationSet, arguments: Namespace) -> str:
     """SHA-256 over everything that the result depends on."""
     settings = json.dumps(config.to_dict(), sort_keys=True)
-    return tensors_digest(f"{settings}{arguments.reconstruction} {data.fingerprint}", source.unet.state_dict().items())
+    text = f"{settings}{arguments.reconstruction} {data.fingerprint}"
+    return tensors_digest(text, source.unet.state_dict().items(), progress=None)
 
 
 def _data(source: Source, arguments: Namespace, work: Path) -> CalibrationSet:

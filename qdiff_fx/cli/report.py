@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import qdiff_fx
-from qdiff_fx.cli.parser import OneLineParser, future_folder, verb_parser
+from qdiff_fx.cli.parser import OneLineParser, add_json_argument, future_folder, verb_parser
 from qdiff_fx.errors import ConfigError, InputError
 from qdiff_fx.report.documents import stored_bytes, stored_document
 from qdiff_fx.report.html import page_of, read_page, report_file, run_file, write_page
@@ -27,7 +27,7 @@ def parser() -> OneLineParser:
     )
     result.add_argument("run", type=Path, metavar="RUN", help="what --out named, or a JSON file")
     result.add_argument("--out", type=Path, metavar="HTML", help="the file (report.html in the folder of the run)")
-    result.add_argument("--json", action="store_true", help="print what was written, and its warnings, as JSON")
+    add_json_argument(result)
     return result
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from argparse import Namespace
 from pathlib import Path
 
 from qdiff_fx.calibration.progress import progress_bar
-from qdiff_fx.cli.parser import OneLineParser, picture_file, positive, verb_parser
+from qdiff_fx.cli.parser import OneLineParser, add_json_argument, picture_file, positive, verb_parser
 from qdiff_fx.cli.pictures import pipeline_pictures
 from qdiff_fx.cli.pipelines import add_prompt_arguments, is_pipeline, read_prompts
 from qdiff_fx.cli.sources import add_source_arguments, open_source
@@ -32,6 +33,7 @@ def parser() -> OneLineParser:
     result.add_argument("--backend", default="auto", help="kernels of a quantized model (auto)")
     add_source_arguments(result)
     add_prompt_arguments(result)
+    add_json_argument(result)
     return result
 
 
@@ -41,7 +43,7 @@ def run(arguments: Namespace) -> None:
     if is_pipeline(arguments.model):
         pictures = pipeline_pictures(arguments)
         save_grid(arguments.out, pictures, columns=8, zoom=1 if pictures.shape[-1] >= _LARGE else 4)
-        print(f"{arguments.out}: {len(pictures)} samples of {arguments.model}, {arguments.steps} steps")
+        _tell(arguments, len(pictures), arguments.model)
         return
     if read_prompts(arguments):
         raise InputError(f"{arguments.model}: prompts need the folder of a whole pipeline, with its text encoder")
@@ -62,4 +64,12 @@ def run(arguments: Namespace) -> None:
 
         images = sampler(network).images
     save_grid(arguments.out, (images + 1) / 2, columns=8)
-    print(f"{arguments.out}: {samples} samples of {source.name}, {arguments.steps} steps")
+    _tell(arguments, samples, source.name)
+
+
+def _tell(arguments: Namespace, samples: int, name: str) -> None:
+    if arguments.json:
+        seeds = {"steps": arguments.steps, "seed": arguments.seed}
+        print(json.dumps({"out": str(arguments.out), "model": name, "samples": samples, **seeds}, indent=1))
+        return
+    print(f"{arguments.out}: {samples} samples of {name}, {arguments.steps} steps")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, fx
 from tqdm import tqdm
 
+from qdiff_fx.calibration.progress import shows_progress
 from qdiff_fx.fake_quantize import QuantizerMode
 from qdiff_fx.reconstruction.adaround import learn_rounding
 from qdiff_fx.reconstruction.cache import ActivationCache
@@ -67,7 +67,7 @@ def reconstruct(
     learns_steps = bool(config.activation_iterations) and any(unit.quantizers for unit in units)
     learns_rounding = bool(config.weight_iterations) or config.rounding == "squant"
     phases = [*(["weights"] if learns_rounding else []), *(["activations"] if learns_steps else [])]
-    costs = measure_blocks(graph_module, units, input_names, next(iter(calls())), config)
+    costs = measure_blocks(graph_module, units, input_names, next(iter(calls())), config, progress=progress)
     device = units[0].device if units else torch.device("cpu")
     check_memory(costs, rows, config, checkpoint_dir, device)
     expected = sum(cost.seconds(config, phase, rows) for cost in costs.values() for phase in phases)
@@ -94,10 +94,11 @@ def reconstruct(
 
 def _progress_bar(expected: float, progress: bool | None) -> Any:
     """A bar over the expected seconds: blocks differ a hundredfold in cost, so counting them gives no ETA."""
-    disable = not sys.stderr.isatty() if progress is None else not progress
     form = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
     title = f"reconstruct, about {expected / 60:.1f} min"
-    return tqdm(desc=title, total=max(expected, 1e-9), bar_format=form, disable=disable, leave=False)
+    return tqdm(
+        desc=title, total=max(expected, 1e-9), bar_format=form, disable=not shows_progress(progress), leave=False
+    )
 
 
 def _reconstruct_unit(

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, fx
 
+from qdiff_fx.calibration.progress import progress_bar
 from qdiff_fx.errors import CalibrationError
 from qdiff_fx.fake_quantize import QuantizerMode
 from qdiff_fx.reconstruction.adaround import BlockRounding, rounding_step
@@ -65,6 +66,8 @@ def measure_blocks(
     input_names: Sequence[str],
     call: Sequence[Tensor],
     config: ReconstructionConfig,
+    *,
+    progress: bool | None = False,
 ) -> Mapping[int, BlockCost]:
     """The cost of every block by unit index, from real steps on the rows of `call`; nothing is learned."""
     rows = max(value.shape[0] for value in call if value.ndim)
@@ -73,12 +76,14 @@ def measure_blocks(
     streams.load(input_names, [call], rows)
     costs: dict[int, BlockCost] = {}
     try:
-        for unit in units:
-            streams.advance(unit, FULL, QuantizerMode.PASS)
-            if unit.block is not None:
-                costs[unit.index] = _measure(unit, streams, config)
-            streams.advance(unit, QUANTIZED, QuantizerMode.PASS)
-            streams.release(unit)
+        with progress_bar("time the blocks", total=len(units), progress=progress) as bar:
+            for unit in units:
+                streams.advance(unit, FULL, QuantizerMode.PASS)
+                if unit.block is not None:
+                    costs[unit.index] = _measure(unit, streams, config)
+                streams.advance(unit, QUANTIZED, QuantizerMode.PASS)
+                streams.release(unit)
+                bar.update(1)
     finally:
         cache.close()
     return costs
