@@ -18,12 +18,13 @@ _DEEPEST = 5
 def benchmark_page(document: Mapping[str, Any], name: str) -> Page:
     """A page of all records in `document`, the times also as bars."""
     sections, cards = [], []
-    for index, (path, records) in enumerate(_record_sets(document, ())):
+    for index, (path, complete) in enumerate(_record_sets(document, ())):
         title = " · ".join(path) or name
+        records, shared = _without_shared(complete)
         section = Section(
             id=f"records-{index}",
             title=title,
-            note=_scalars_beside(document, path),
+            note="; ".join(text for text in (_scalars_beside(document, path), shared) if text),
             charts=tuple(_time_chart(records)),
             table=_table(f"table-{index}", records),
         )
@@ -73,12 +74,29 @@ def _flat(record: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return result
 
 
+def _without_shared(records: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], str]:
+    """Records without the fields that are equal in all of them, and those fields as text."""
+    first = records[0]
+    shared = [
+        field
+        for field, value in first.items()
+        if len(records) > 1 and all(field in record and record[field] == value for record in records)
+    ]
+    text = ", ".join(f"{_title(field)} {cell(first[field]).text}" for field in shared)
+    rest = [{field: value for field, value in record.items() if field not in shared} for record in records]
+    return (rest, f"the same in all rows: {text}") if text and all(rest) else (records, "")
+
+
+def _title(field: str) -> str:
+    return re.sub(r"[_.]", " ", field)
+
+
 def _table(identity: str, records: Sequence[Mapping[str, Any]]) -> Table:
     fields = list(dict.fromkeys(field for record in records for field in record))
     numeric = {
         field: all(isinstance(record.get(field), (int, float, type(None))) for record in records) for field in fields
     }
-    columns = tuple(Column(title=re.sub(r"[_.]", " ", field), numeric=numeric[field]) for field in fields)
+    columns = tuple(Column(title=_title(field), numeric=numeric[field]) for field in fields)
     rows = tuple(Row(cells=tuple(cell(record.get(field)) for field in fields)) for record in records)
     return Table(id=identity, columns=columns, rows=rows)
 

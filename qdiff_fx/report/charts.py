@@ -116,14 +116,18 @@ def bar_chart(groups: Sequence[BarGroup], *, x_label: str, unit: str = "", log: 
     root = canvas(WIDTH, height, x_label)
     bottom = height - _BOTTOM
     edges = [edge for group in groups for bar in group.bars for edge in (bar.low, bar.high)]
-    scale = axis(edges if log else [0.0, *edges], 8.0, WIDTH - 8.0, log=log, margin=0.02)
+    if log:
+        scale = axis(edges, 8.0, WIDTH - 8.0, log=True, margin=0.02)
+    else:
+        low, high = min([0.0, *edges]), max([0.0, *edges])
+        scale = Axis(low=1.02 * low, high=1.02 * high if high > low else 1.0, start=8.0, stop=WIDTH - 8.0)
     for value in scale.ticks():
         element(root, "line", x1=scale(value), x2=scale(value), y1=4.0, y2=bottom, class_="rule")
     grid_x(root, scale, bottom)
     element(root, "text", f"{x_label} [{unit}]" if unit else x_label, x=WIDTH / 2, y=height - 6, class_="label middle")
     top = 2.0
     for group in groups:
-        element(root, "text", group.label, x=8, y=top + 13, class_="name")
+        element(root, "text", group.label, x=12, y=top + 13, class_="name")
         element(root, "text", group.note, x=WIDTH - 8, y=top + 13, class_="tick end")
         for index, bar in enumerate(group.bars):
             item = element(root, "g", class_="hit")

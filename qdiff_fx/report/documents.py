@@ -105,6 +105,20 @@ def calibration_document(
 
 def stored_document(name: str, quantized: QuantizedUNet, stored: int) -> dict[str, Any]:
     """What a quantized network tells by itself, without the run that made it: for report.html of a saved folder."""
+    calibration = quantized.calibration
+    return {
+        "kind": "quantize",
+        "model": {"name": name, "preset": "quantized"},
+        "machine": describe_machine(),
+        "calibration": {"rows": calibration.get("samples"), "timesteps": calibration.get("timesteps", [])},
+        "sizes": {"quantized": stored},
+        "quality": calibration.get("quality", {}),
+        **network_entries(quantized),
+    }
+
+
+def network_entries(quantized: QuantizedUNet) -> dict[str, Any]:
+    """Entries "layers", "graph", "backend" and "raises" of a document, from the network alone."""
     policies = {
         policy.name: (policy, BLOCK.get(node))
         for node in quantized.plan.graph.nodes
@@ -125,18 +139,11 @@ def stored_document(name: str, quantized: QuantizedUNet, stored: int) -> dict[st
                 "block": block,
             }
         )
-    calibration = quantized.calibration
     return {
-        "kind": "quantize",
-        "model": {"name": name, "preset": "quantized"},
-        "machine": describe_machine(),
-        "calibration": {"rows": calibration.get("samples"), "timesteps": calibration.get("timesteps", [])},
-        "sizes": {"quantized": stored},
         "layers": rows,
         "graph": block_graph(quantized.plan),
         "backend": quantized.backend,
-        "quality": calibration.get("quality", {}),
-        "raises": calibration.get("raises", []),
+        "raises": quantized.calibration.get("raises", []),
     }
 
 

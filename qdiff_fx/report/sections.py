@@ -8,6 +8,7 @@ from typing import Any
 
 from qdiff_fx.report.advice import advice
 from qdiff_fx.report.cards import cards
+from qdiff_fx.report.evaluation_sections import evaluation_sections
 from qdiff_fx.report.layer_section import blocks_section, layers_section
 from qdiff_fx.report.page import Cell, Column, Page, Row, Section, Table, cell
 from qdiff_fx.report.run_charts import (
@@ -44,6 +45,7 @@ def run_page(run: Mapping[str, Any], folder: Path) -> Page:
             note="All that is stored: packed codes, scales, zero points, biases and what stays in floating point.",
             table=_size_table(run.get("sizes") or {}),
         ),
+        *evaluation_sections(run),
         blocks_section(run),
         layers_section(run),
         Section(

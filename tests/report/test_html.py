@@ -207,6 +207,14 @@ def test_times_of_a_benchmark_become_bars_and_a_card(tmp_path: Path) -> None:
     assert len(document.all("script")) == 1
 
 
+def test_what_all_records_of_a_benchmark_share_is_said_once(tmp_path: Path) -> None:
+    rows = [{"isa": "avx2", "batch": 2, "rows": index} for index in range(3)]
+    (tmp_path / "bench.json").write_text(json.dumps({"rows": rows}))
+    html = write_report(tmp_path / "bench.json").read_text(encoding="utf-8")
+    assert "the same in all rows: isa avx2, batch 2" in html
+    assert len(Document(html).all("th")) == 1
+
+
 def test_results_in_markdown_hold_every_arm_and_size(run: dict[str, Any]) -> None:
     text = results_markdown(run)
     assert f"| rtn {HOSTILE} | W4A8 | 20.0 | ∞ | 31.0 | 50 % |" in text
