@@ -62,6 +62,8 @@ CONVS = {
     "one-channel": Conv(channels=1, outputs=3),
     "as-conv1d": Conv(size=(1, 9), kernel=(1, 3), padding=[0, 1]),
     "batch1": Conv(batch=1),
+    "batch3-stride2-odd": Conv(batch=3, channels=24, outputs=40, size=(9, 11), stride=[2, 2]),
+    "batch4-padding-by-axis": Conv(batch=4, channels=12, outputs=20, size=(6, 9), kernel=(3, 5), padding=[0, 2]),
     "batch5": Conv(batch=5, channels=33, outputs=31),
     "empty-batch": Conv(batch=0),
 }
@@ -308,14 +310,35 @@ def test_codes_are_equal_to_the_bit(
     assert torch.equal(on_device(module, backend)(x), wanted)
 
 
-_PROBE = "from qdiff_fx.kernels import BACKENDS; print(BACKENDS['x86'].unavailable('cpu') or 'available')"
+_PROBE = """
+from qdiff_fx.errors import BackendError
+from qdiff_fx.kernels import select_backend
+print(select_backend("auto", "cpu").name)
+try:
+    print(select_backend("x86", "cpu").name)
+except BackendError as error:
+    print(error)
+"""
+
+
+def _probed(isa: str) -> list[str]:
+    environment = os.environ | {"ONEDNN_MAX_CPU_ISA": isa, "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run([sys.executable, "-c", _PROBE], env=environment, capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()[-2:]
 
 
 @pytest.mark.parametrize("isa", ["AVX2", "AVX512_CORE"])
 def test_a_cpu_whose_kernels_saturate_is_refused(isa: str) -> None:
-    environment = os.environ | {"ONEDNN_MAX_CPU_ISA": isa, "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run([sys.executable, "-c", _PROBE], env=environment, capture_output=True, text=True, check=True)
-    assert "saturate" in done.stdout or "x86_64" in done.stdout or "oneDNN" in done.stdout
+    """auto falls to the reference; who asks for x86 hears the reason and the two ways out."""
+    chosen, refusal = _probed(isa)
+    assert chosen == "reference"
+    assert "cannot run here" in refusal and "'reference'" in refusal and "bf16" in refusal
+    assert "saturate" in refusal or "x86_64" in refusal or "oneDNN" in refusal
+
+
+@pytest.mark.skipif(BACKENDS["x86"].unavailable("cpu") is not None, reason="no VNNI here")
+def test_vnni_without_anything_newer_is_enough() -> None:
+    assert _probed("AVX512_CORE_VNNI") == ["x86", "x86"]
 
 
 def test_x86_runs_on_cpus_only() -> None:
