@@ -49,6 +49,16 @@ class SampleOutput(BaseOutput):
     sample: Tensor
 
 
+def _compiler_options(backend: Any) -> dict[str, Any]:
+    """What is left out of compiled code, because the lowered graph is nobody else's and its tensors are never swapped.
+
+    A guard on each of them, and a check of each operand's strides, take milliseconds a call. Compiled code belongs to
+    the graph's own code object, so no other model can be given it.
+    """
+    unguarded: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
+    return unguarded | ({"size_asserts": False} if backend in (None, "inductor") else {})
+
+
 class GraphUNet(ModelMixin, ConfigMixin):
     """A captured network behind the original's call.
 
@@ -304,10 +314,7 @@ class QuantizedUNet(GraphUNet):
         if not BACKENDS[self.backend].traceable:
             return self
         if options.get("mode") is None:
-            # The graph is nobody else's and its tensors are never swapped: to check each before every call takes
-            # milliseconds. Its code belongs to this model alone, so no other can be given what is compiled here.
-            unguarded = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
-            options["options"] = {**unguarded, **(options.get("options") or {})}
+            options["options"] = {**_compiler_options(options.get("backend")), **(options.get("options") or {})}
         self._compiled = torch.compile(self.lowered, **{"fullgraph": True, **options})
         return self
 
