@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -16,6 +17,9 @@ from qdiff_fx.passes.matcher import factors_of
 
 aten = torch.ops.aten
 qdiff = torch.ops.qdiff
+
+CODES_AT_A_TIME = 2**18
+"""Codes that are unpacked at once; each takes some 20 bytes on the way."""
 
 _VIEWS = (
     aten.reshape.default,
@@ -71,7 +75,24 @@ class IntegerLayer:
             stored_tensor(graph_module, item) for item in (self.weight, self.weight_zero_point, self.channel_shift)
         )
         assert packed is not None
-        return integer_weight(packed, zero_point, shift, self.weight_shape, self.groups)
+        return folded_weight(packed, zero_point, shift, self.weight_shape, self.groups)
+
+
+def folded_weight(
+    packed: Tensor, zero_point: Tensor | None, shift: Tensor | None, shape: list[int], groups: int
+) -> Tensor:
+    """`reference.integer_weight`, without its wide intermediates of more than some rows of a large 4-bit weight."""
+    outputs, elements = shape[0], prod(shape[1:])
+    # Whole bytes: an even number of rows is an even number of codes.
+    rows = max(2, CODES_AT_A_TIME // max(1, elements) // 2 * 2)
+    if zero_point is None or groups != 1 or rows >= outputs:
+        return integer_weight(packed, zero_point, shift, shape, groups)
+    result = torch.empty(shape, dtype=torch.int8, device=packed.device)
+    for start in range(0, outputs, rows):
+        stop = min(start + rows, outputs)
+        part = packed[start * elements // 2 : (stop * elements + 1) // 2]
+        result[start:stop] = integer_weight(part, zero_point[start:stop], shift, [stop - start, *shape[1:]], groups)
+    return result
 
 
 class IntegerLayerPass(RewritePass[IntegerLayer]):
