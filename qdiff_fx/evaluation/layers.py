@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -77,20 +77,20 @@ def parts_sqnr(
       NonFiniteError: if a part's output holds NaN or infinity; names it.
     """
     energies: dict[tuple[Kind, str], list[float]] = {}
-    subject = _graph(quantized)
+    subject, ends = _graph(quantized), _block_ends(reference.graph_module)
     rows = 0
     with evaluating(reference, quantized):
         for batch in batches:
             inputs = reference.signature.flatten(batch.args, batch.kwargs)
             with preserved_modes(reference.graph_module):
                 reference.set_mode(QuantizerMode.PASS)
-                exact = _outputs(reference.graph_module, inputs)
+                exact = _outputs(reference.graph_module, inputs, ends)
             if isinstance(quantized, PreparedUNet):
                 with preserved_modes(quantized.graph_module):
                     quantized.set_mode(QuantizerMode.QUANTIZE)
-                    seen = _outputs(subject, inputs)
+                    seen = _outputs(subject, inputs, ends)
             else:
-                seen = _outputs(subject, inputs)
+                seen = _outputs(subject, inputs, ends)
             rows += len(inputs[0])
             for key in exact.keys() & seen.keys():
                 if exact[key].shape == seen[key].shape:
@@ -123,36 +123,63 @@ def _graph(model: PreparedUNet | QuantizedUNet) -> fx.GraphModule:
     return graph_module
 
 
-def _outputs(graph_module: fx.GraphModule, inputs: tuple[Tensor, ...]) -> dict[tuple[Kind, str], Tensor]:
-    recorder = _Recorder(graph_module)
+def _block_ends(graph_module: fx.GraphModule) -> dict[str, fx.Node]:
+    """By index and module path of every block: the last node that makes its result."""
+    names = {block.index: f"{block.index} {block.name}" for block in blocks(graph_module)}
+    ends: dict[str, fx.Node] = {}
+    for node in graph_module.graph.nodes:
+        block, value = BLOCK.get(node), node.meta.get("val")
+        # A quantizer's result is the next block's input on its grid, not what this block made.
+        makes = node.op == "call_function" or ATTENTION.get(node) is not None
+        if block in names and makes and isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 1:
+            ends[names[block]] = node
+    return ends
+
+
+def _outputs(
+    graph_module: fx.GraphModule, inputs: tuple[Tensor, ...], ends: Mapping[str, fx.Node]
+) -> dict[tuple[Kind, str], Tensor]:
+    recorder = _Recorder(graph_module, ends)
     recorder.run(*inputs)
     return recorder.results()
 
 
 class _Recorder(fx.Interpreter):
-    """Keeps the results of layers, attentions, and the last floating result of every block."""
+    """Keeps the results of layers, attentions, and of the blocks that end in `ends`, nodes of the reference's graph.
 
-    def __init__(self, graph_module: fx.GraphModule) -> None:
+    Conversion replaces layers and attentions, which are found again by their policies, and keeps the names of all other
+    nodes. A block whose last node was fused away has no result.
+    """
+
+    def __init__(self, graph_module: fx.GraphModule, ends: Mapping[str, fx.Node]) -> None:
         super().__init__(graph_module)
-        self._names = {block.index: f"{block.index} {block.name}" for block in blocks(graph_module)}
+        self._ends = ends
+        self._wanted = {node.name for node in ends.values()}
         self._parts: dict[tuple[Kind, str], Tensor] = {}
-        self._blocks: dict[int, Tensor] = {}
+        self._by_node: dict[str, Tensor] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
         if not isinstance(result, Tensor) or not result.is_floating_point():
             return result
-        layer, attention, block = LAYER.get(n), ATTENTION.get(n), BLOCK.get(n)
+        layer, attention = LAYER.get(n), ATTENTION.get(n)
         if layer is not None:
             self._parts["layer", layer.name] = result
         elif attention is not None:
             self._parts["attention", attention.name] = result
-        # A quantizer's result is the next block's input on its grid, not what this block made.
-        if block is not None and (n.op == "call_function" or attention is not None) and result.dim() > 1:
-            self._blocks[block] = result
+        elif n.name in self._wanted:
+            self._by_node[n.name] = result
         return result
 
     def results(self) -> dict[tuple[Kind, str], Tensor]:
         """Layers and attentions in execution order, then blocks."""
-        named = {index: self._names[index] for index in sorted(self._blocks) if index in self._names}
-        return self._parts | {("block", name): self._blocks[index] for index, name in named.items()}
+        found: dict[tuple[Kind, str], Tensor | None] = dict(self._parts)
+        for name, node in self._ends.items():
+            layer, attention = LAYER.get(node), ATTENTION.get(node)
+            if layer is not None:
+                found["block", name] = self._parts.get(("layer", layer.name))
+            elif attention is not None:
+                found["block", name] = self._parts.get(("attention", attention.name))
+            else:
+                found["block", name] = self._by_node.get(node.name)
+        return {key: value for key, value in found.items() if value is not None}

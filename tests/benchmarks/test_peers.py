@@ -76,7 +76,7 @@ def row(peer: str, pooled: float, endpoint: float, share: float) -> dict[str, An
         "median_db": pooled,
         "endpoint_db": endpoint,
         "ssim": 0.9,
-        "seconds_a_step": 0.1,
+        "cpu_seconds_a_step": 0.1,
         "commit": "abc",
         "seed": 1000,
         "machine": {"processor": "P", "isa": "I", "threads": 1},

@@ -14,6 +14,7 @@ import qdiff_fx
 from qdiff_fx.errors import InputError
 from qdiff_fx.evaluation import parts_sqnr
 from qdiff_fx.fake_quantize import QuantizerMode
+from qdiff_fx.kernels import BACKENDS
 
 
 @dataclass(frozen=True)
@@ -58,18 +59,21 @@ def test_the_mode_of_the_models_stays(calibrated: Any, unconditional: nn.Module)
     assert torch.equal(before, calibrated(*calls(unconditional)[0].args).sample)
 
 
-def test_integers_and_simulation_agree_part_by_part(calibrated: Any, unconditional: nn.Module) -> None:
-    quantized = qdiff_fx.convert(calibrated, backend="reference")
+@pytest.mark.parametrize(
+    "backend", [name for name in ("reference", "x86") if BACKENDS[name].unavailable("cpu") is None]
+)
+def test_integers_and_simulation_agree_part_by_part(calibrated: Any, unconditional: nn.Module, backend: str) -> None:
+    quantized = qdiff_fx.convert(calibrated, backend=backend)
     simulated = parts_sqnr(calibrated, calibrated, calls(unconditional))
     integer = parts_sqnr(calibrated, quantized, calls(unconditional))
-    assert [(part.kind, part.name) for part in integer.parts if part.kind != "block"] == [
-        (part.kind, part.name) for part in simulated.parts if part.kind != "block"
-    ]
+    assert [(part.kind, part.name) for part in integer.parts] == [(part.kind, part.name) for part in simulated.parts]
     named = {(part.kind, part.name): part.sqnr_db for part in simulated.parts}
     for part in integer.parts:
         ours, theirs = part.sqnr_db, named[part.kind, part.name]
         # Carrier rounding flips single codes along the chain of layers: DESIGN allows 0.5 dB end to end.
-        assert ours is not None and theirs is not None and abs(ours - theirs) < 1.5, part.name
+        assert ours is not None and theirs is not None and ours > theirs - 1.5, part.name
+        # x86 leaves attention in the carrier type, which makes its parts better.
+        assert backend == "x86" or ours < theirs + 1.5, part.name
 
 
 def test_nothing_to_compare_is_refused(calibrated: Any) -> None:
