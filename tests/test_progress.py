@@ -14,6 +14,7 @@ from diffusers import DDIMScheduler
 import qdiff_fx
 from qdiff_fx.calibration.progress import named_steps, progress_bar
 from qdiff_fx.cli import VERBS, main
+from qdiff_fx.evaluation import parts_sqnr
 from qdiff_fx.evaluation.study import Yardstick
 from subjects import PLAIN, unconditional_unet
 
@@ -27,6 +28,7 @@ LONG: tuple[Callable[..., Any], ...] = (
     qdiff_fx.save,
     qdiff_fx.load,
     Yardstick,
+    parts_sqnr,
 )
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from qdiff_fx.assets import classifier_path
+from qdiff_fx.calibration.progress import progress_bar
 from qdiff_fx.errors import InputError, NonFiniteError
 from qdiff_fx.evaluation.classifier import load_classifier
 from qdiff_fx.safe_io import read_json, read_tensors
@@ -76,7 +77,12 @@ class FeatureExtractor:
     def _run(self, network: Callable[[Tensor], Tensor], images: Tensor, batch_size: int) -> Tensor:
         if not bool(images.isfinite().all()):
             raise NonFiniteError("images hold NaN or infinity: want finite pixels in [-1, 1]; the sampler diverged")
-        found = torch.cat([network(batch.float().clamp(-1, 1)) for batch in torch.split(images, batch_size)])
+        parts = []
+        with progress_bar("features", total=len(images), progress=None) as bar:
+            for batch in torch.split(images, batch_size):
+                parts.append(network(batch.float().clamp(-1, 1)))
+                bar.update(len(batch))
+        found = torch.cat(parts)
         if found.dim() != 2 or len(found) != len(images):
             raise InputError(
                 f"extractor {self.name!r} gave {list(found.shape)} for {len(images)} images: want [N, D]; flatten it"

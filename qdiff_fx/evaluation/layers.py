@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sized
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx
 
+from qdiff_fx.calibration.progress import progress_bar
 from qdiff_fx.errors import InputError, NonFiniteError
 from qdiff_fx.evaluation.inference import evaluating
 from qdiff_fx.evaluation.quality import HeldoutBatch
@@ -62,7 +63,11 @@ class PartsReport:
 
 @torch.no_grad()
 def parts_sqnr(
-    reference: PreparedUNet, quantized: PreparedUNet | QuantizedUNet, batches: Iterable[HeldoutBatch]
+    reference: PreparedUNet,
+    quantized: PreparedUNet | QuantizedUNet,
+    batches: Iterable[HeldoutBatch],
+    *,
+    progress: bool | None = None,
 ) -> PartsReport:
     """SQNR of every part of `quantized` against `reference`, both run on the same held-out inputs.
 
@@ -71,6 +76,7 @@ def parts_sqnr(
         It may be `quantized` itself.
       quantized: a calibrated PreparedUNet (simulated) or a QuantizedUNet (its integers).
       batches: recorded calls.
+      progress: show a bar, with an ETA where the number of batches is known; None does so on a terminal.
 
     Raises:
       InputError: without batches, or if the two have no part in common.
@@ -79,7 +85,8 @@ def parts_sqnr(
     energies: dict[tuple[Kind, str], list[float]] = {}
     subject, ends = _graph(quantized), _block_ends(reference.graph_module)
     rows = 0
-    with evaluating(reference, quantized):
+    total = len(batches) if isinstance(batches, Sized) else None
+    with evaluating(reference, quantized), progress_bar("parts", total=total, progress=progress) as bar:
         for batch in batches:
             inputs = reference.signature.flatten(batch.args, batch.kwargs)
             with preserved_modes(reference.graph_module):
@@ -98,6 +105,7 @@ def parts_sqnr(
                     wide = exact[key].double()
                     sums[0] += float(wide.square().sum())
                     sums[1] += float((seen[key].double() - wide).square().sum())
+            bar.update(1)
     if not energies:
         raise InputError(
             "no part to compare: want held-out batches, and a reference prepared from the same network with the "
