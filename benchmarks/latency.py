@@ -16,6 +16,7 @@ import itertools
 import json
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -27,9 +28,11 @@ from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import Tensor
 
 import qdiff_fx
+from peak_memory import peaks
 from qdiff_fx.assets import load_conditional, load_unconditional
 from qdiff_fx.kernels import BACKENDS
 from qdiff_fx.safe_io import write_bytes, write_json
+from roofline import achieved_gops
 
 # Big outputs come from fresh pages otherwise, and page faults hide everything.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "1073741824", "MALLOC_TRIM_THRESHOLD_": "4294967296"}
@@ -95,6 +98,8 @@ def main() -> None:
     parser.add_argument("--presets", nargs="+", default=["w8a8", "w4a8"])
     parser.add_argument("--backends", nargs="+", choices=["x86", "openvino"], default=["x86"])
     parser.add_argument("--carriers", nargs="+", choices=list(CARRIERS), default=["bf16"])
+    parser.add_argument("--autotune", action="store_true", help="also arms whose layers choose int8 or the carrier")
+    parser.add_argument("--memory", action="store_true", help="also the peak memory of loading and one step")
     arguments = parser.parse_args()
     results = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
     for name in arguments.cases:
@@ -116,13 +121,24 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     timestep = torch.full((BATCH,), 500.0)
 
     def add(label: str, model: Any, dtype: torch.dtype) -> None:
-        cast = {key: value.to(dtype) for key, value in inputs.items()}
-        arms[label] = lambda: model(**cast, timestep=timestep, return_dict=False)[0]
+        given = cast(inputs, dtype)
+        arms[label] = lambda: model(**given, timestep=timestep, return_dict=False)[0]
 
-    for preset, carrier, backend in itertools.product(options.presets, options.carriers, options.backends):
-        dtype = CARRIERS[carrier]
-        label = f"{preset} {carrier}" if backend == "x86" else f"{preset} {carrier} {backend}"
-        add(label, quantize(module, inputs, preset, dtype, backend).compile(), dtype)
+    work = tempfile.TemporaryDirectory()
+    folders: dict[str, Path] = {}
+    achieved: dict[str, float] = {}
+    for preset, carrier in itertools.product(options.presets, options.carriers):
+        dtype, label = CARRIERS[carrier], f"{preset} {carrier}"
+        folders[label] = Path(work.name, label)
+        qdiff_fx.save(quantize(module, inputs, preset, dtype), folders[label])
+        if "x86" in options.backends:
+            plain = qdiff_fx.load(folders[label], "x86")
+            achieved = achieved or achieved_gops(plain, {**cast(inputs, dtype), "timestep": timestep})
+            add(label, plain.compile(), dtype)
+            if options.autotune:
+                add(f"{label}, autotuned", qdiff_fx.load(folders[label], "x86", autotune=True).compile(), dtype)
+        if "openvino" in options.backends:
+            add(f"{label} openvino", qdiff_fx.load(folders[label], "openvino").compile(), dtype)
     add("fp32 compile", torch.compile(module, fullgraph=True), torch.float32)
     add(BASELINE, torch.compile(copy.deepcopy(module).to(torch.bfloat16), fullgraph=True), torch.bfloat16)
     with torch.no_grad():
@@ -136,6 +152,8 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     return isa() | {
         "batch": BATCH,
         "int8_matmul_gops": matmul_gops(),
+        "achieved_gops": achieved,
+        "peak_bytes": peaks(module, inputs, folders) if options.memory else {},
         "arms": {
             label: {
                 "milliseconds": 1e3 * median(times[label]),
@@ -146,6 +164,10 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
             for label in ("fp32 compile", BASELINE, *(label for label in arms if "compile" not in label))
         },
     }
+
+
+def cast(inputs: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    return {key: value.to(dtype) for key, value in inputs.items()}
 
 
 def isa() -> dict[str, Any]:
@@ -166,7 +188,7 @@ def describe(case: Mapping[str, Any]) -> str:
 
 
 def quantize(
-    module: torch.nn.Module, inputs: Mapping[str, Tensor], preset: str, dtype: torch.dtype, backend: str = "x86"
+    module: torch.nn.Module, inputs: Mapping[str, Tensor], preset: str, dtype: torch.dtype
 ) -> qdiff_fx.QuantizedUNet:
     """`module` observed on three noise levels; enough for latency, and for ranges of random inputs."""
     config = qdiff_fx.QDiffConfig.preset(
@@ -181,7 +203,7 @@ def quantize(
     with torch.no_grad():
         for timestep in (10.0, 500.0, 990.0):
             prepared(**inputs, timestep=torch.full((BATCH,), timestep))
-    return qdiff_fx.convert(prepared, backend=backend, dtype=dtype, release=True)
+    return qdiff_fx.convert(prepared, backend="reference", dtype=dtype, release=True)  # saved, then loaded as each arm
 
 
 def interleaved(arms: Mapping[str, Callable[[], Tensor]], repeats: int) -> dict[str, list[float]]:
@@ -241,7 +263,25 @@ def table(results: Mapping[str, Any]) -> str:
                 f"| {label} | {arm['milliseconds']:.1f} | {arm['speed_over_bf16']:.2f}x | "
                 f"{arm['speed_over_fp32']:.2f}x | {arm['sqnr_db']:.1f} |"
             )
+        lines += roofline_lines(case) + memory_lines(case)
     return "\n".join(lines) + "\n"
+
+
+def roofline_lines(case: Mapping[str, Any]) -> list[str]:
+    rows = [
+        f"| {kind} | {gops:.0f} | {gops / case['int8_matmul_gops']:.2f} |"
+        for kind, gops in case.get("achieved_gops", {}).items()
+    ]
+    return ["", "| integer layers | GOPS achieved | share of the int8 matmul |", "|---|---|---|", *rows] if rows else []
+
+
+def memory_lines(case: Mapping[str, Any]) -> list[str]:
+    peak = case.get("peak_bytes", {})
+    rows = [
+        f"| {name} | {value / 2**20:.0f} | {(value - peak['import']) / 2**20:.0f} |" for name, value in peak.items()
+    ]
+    header = "| a process that loads and runs one step, not compiled | peak RSS, MiB | above `import` |"
+    return ["", header, "|---|---|---|", *rows] if rows else []
 
 
 if __name__ == "__main__":
