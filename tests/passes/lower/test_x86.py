@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch._inductor.utils import run_and_get_code
 
 import qdiff_fx
 from factor_latency import give_random_factors
+from qdiff_fx.assets import load_conditional, load_unconditional
 from qdiff_fx.calibration.driver import fit_activations, fit_weights
 from qdiff_fx.kernels import BACKENDS
 from subjects import Sketch, calls_of, conditional_unet, signal_to_noise, sketch_inputs
@@ -178,6 +180,75 @@ def test_quantizing_is_fused_into_normalization_and_activation(dtype: torch.dtyp
     # Two convolutions, two kernels that write codes, each with its SiLU inside: no quantize step of its own.
     assert len(kernels) == 2
     assert all("exp()" in kernel for kernel in kernels)
+
+
+class _GatedFeedForward(nn.Module):
+    """What a transformer block does around its two linears."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(2, 16, 1)
+        self.norm = nn.LayerNorm(16)
+        self.up, self.down = nn.Linear(16, 64), nn.Linear(32, 16)
+        self.head = nn.Conv2d(16, 2, 1)
+
+    def forward(self, sample: Tensor) -> Tensor:
+        image = self.stem(sample)
+        tokens = image.flatten(2).transpose(1, 2)
+        hidden, gate = self.up(self.norm(tokens)).chunk(2, dim=-1)
+        tokens = tokens + self.down(hidden * nn.functional.gelu(gate))
+        return self.head(tokens.transpose(1, 2).reshape(image.shape))
+
+
+@pytest.mark.usefixtures("unchecked_shapes")
+def test_quantizing_is_fused_into_layer_norm_and_geglu() -> None:
+    module = _GatedFeedForward().eval()
+    example = (torch.randn(2, 2, 8, 8),)
+    prepared = qdiff_fx.prepare(module, qdiff_fx.QDiffConfig.preset("w8a8"), example_inputs=example)
+    prepared(*example)
+    model = qdiff_fx.convert(prepared, backend="x86", dtype=torch.bfloat16).compile()
+    with torch.no_grad():
+        _, (code,) = run_and_get_code(model, torch.randn(2, 2, 8, 8).to(torch.bfloat16))
+    # Kernels are named after the operators in them.
+    texts = re.findall(r"(cpp_fused_\w+) = async_compile\.cpp_pybinding\((.*?)\'\'\'\)", code, re.DOTALL)
+    kernels = [name for name, text in texts if "'uint8_t*'" in text]
+    # Two linears, two kernels that write codes: one normalises, one is the gate.
+    assert len(kernels) == 2, kernels
+    assert ["layer_norm" in name for name in kernels] == [True, False], kernels
+    assert ["gelu" in name for name in kernels] == [False, True], kernels
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("load", [load_unconditional, load_conditional], ids=["fashion", "fashion-conditional"])
+@pytest.mark.parametrize("preset", ["w8a8", "w4a8"])
+def test_bundled_models_keep_the_quality_of_the_reference(load: Any, preset: str) -> None:
+    pipe = load()
+    context = {"encoder_hidden_states": pipe.context[:4].float()} if load is load_conditional else {}
+    calls = [
+        {"sample": torch.randn(4, 1, 28, 28), "timestep": torch.full((4,), level), **context}
+        for level in (20.0, 500.0, 980.0)
+    ]
+    prepared = qdiff_fx.prepare(pipe.unet, qdiff_fx.QDiffConfig.preset(preset))
+    with torch.no_grad():
+        full = torch.cat([pipe.unet(**call).sample for call in calls])
+        for call in calls:
+            prepared(**call)
+    quality = {}
+    for name, options in {
+        "reference": {"backend": "reference"},
+        "strict": {"backend": "x86", "strict": True},
+        "bfloat16": {"backend": "x86", "dtype": torch.bfloat16},
+    }.items():
+        model = qdiff_fx.convert(prepared, **options)
+        narrow = [
+            {key: value.to(model.dtype) if key != "timestep" else value for key, value in call.items()}
+            for call in calls
+        ]
+        with torch.no_grad():
+            seen = torch.cat([model(**call).sample.float() for call in narrow])
+        quality[name] = signal_to_noise(full, seen)
+    assert abs(quality["strict"] - quality["reference"]) < 0.5, quality
+    assert quality["bfloat16"] > quality["reference"] - 3.0, quality
 
 
 def test_context_sizes_are_dynamic_too(preparer: Any) -> None:
