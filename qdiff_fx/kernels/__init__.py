@@ -22,7 +22,7 @@ BACKENDS: Mapping[str, Backend] = {
 }
 """Every backend by name; "auto" takes the first available one of AUTO_ORDER."""
 
-AUTO_ORDER = ("x86", "cuda", "openvino", "reference")
+AUTO_ORDER = ("x86", "cuda", "reference")
 
 RIVALS = ("x86", "openvino")
 """Backends for one kind of device: with autotune, "auto" times a step on each and takes the fastest."""
