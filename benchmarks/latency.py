@@ -246,6 +246,8 @@ def table(results: Mapping[str, Any]) -> str:
         "Written by `python benchmarks/latency.py CASE ... --out docs/results-latency.json`: one UNet step, arms",
         "interleaved in one process, medians. The arm `w4a8 bf16` has 4-bit weights, 8-bit activations, bf16 carrier;",
         "it runs on the x86 backend under torch.compile, `w4a8 bf16 openvino` on the openvino backend.",
+        "Ours is compiled by `quantized.compile()`, which leaves out guards and stride checks on the model's tensors,",
+        "the others by torch.compile(fullgraph=True), which has them: it matters where a step takes milliseconds.",
         "SQNR is against fp32 on one random input without calibration data: it compares arms, not methods.",
     ]
     for name, case in results.items():
