@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import math
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping
@@ -114,15 +115,16 @@ def _quantized(
     }
 
 
-def _lowered(unet: nn.Module, model: Any, dtype: torch.dtype, held: CalibrationSet) -> dict[str, float]:
-    """SQNR of `model` as it runs, in `dtype`, against `unet` in fp32."""
+def _lowered(unet: nn.Module, model: Any, dtype: torch.dtype, held: CalibrationSet) -> dict[str, float | None]:
+    """SQNR of `model` as it runs, in `dtype`, against `unet` in fp32; None where they are equal."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
         sample, *rest = args
         return model(sample.to(dtype), *rest, **kwargs)
 
     result = output_sqnr(unet, run, held.batches(32))
-    return {"run_pooled_db": result.pooled_db, "run_median_db": result.median_db}
+    figures = {"run_pooled_db": result.pooled_db, "run_median_db": result.median_db}
+    return {name: value if math.isfinite(value) else None for name, value in figures.items()}
 
 
 def _step(model: Any, args: tuple[Any, ...], dtype: torch.dtype) -> Callable[[], Tensor]:
@@ -161,7 +163,7 @@ def _line(label: str, row: Mapping[str, Any]) -> str:
     cells = (
         label,
         f"{row['reference_pooled_db']:.1f} / {row['reference_median_db']:.1f}" if quantized else "–",
-        f"{row['run_pooled_db']:.1f} / {row['run_median_db']:.1f}",
+        " / ".join("∞" if row[name] is None else f"{row[name]:.1f}" for name in ("run_pooled_db", "run_median_db")),
         f"{row['share_of_fp32']:.3f}",
         f"{row['carrier_multiplications']:.1%}" if quantized else "100.0%",
         str(row["raises"]) if quantized else "–",
