@@ -5,11 +5,14 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
 import torch
+from diffusers.configuration_utils import ConfigMixin
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils.outputs import BaseOutput
 from torch import Tensor, fx
 
 from qdiff_fx.autotune import Timings
@@ -22,11 +25,13 @@ from qdiff_fx.checkpoint import (
     write_timings,
 )
 from qdiff_fx.config import QDiffConfig
-from qdiff_fx.errors import BackendError, DiskError
+from qdiff_fx.errors import BackendError, DiskError, InputError
 from qdiff_fx.fake_quantize import NoiseLevel, QuantizerMode, set_mode
 from qdiff_fx.graph.finite import FiniteRun
+from qdiff_fx.graph.outputs import OutputStructure
+from qdiff_fx.graph.signature import CallSignature
+from qdiff_fx.graph.skeleton import build_skeleton, output_class, readable
 from qdiff_fx.graph.tokens import set_device
-from qdiff_fx.graph_unet import GraphUNet
 from qdiff_fx.kernels import BACKENDS, rival_backends, select_backend, usable_device
 from qdiff_fx.kernels.machine import machine_signature
 from qdiff_fx.lowering import LoweringReport, check_choices, lower, offload
@@ -37,6 +42,13 @@ from qdiff_fx.step_timing import step_milliseconds
 logger = logging.getLogger(__name__)
 
 
+@dataclass
+class SampleOutput(BaseOutput):
+    """What diffusers UNets return with return_dict=True: `.sample` is the prediction, [B, C, H, W]."""
+
+    sample: Tensor
+
+
 def _compiler_options(backend: Any) -> dict[str, Any]:
     """What is left out of compiled code, because the lowered graph is nobody else's and its tensors are never swapped.
 
@@ -45,6 +57,98 @@ def _compiler_options(backend: Any) -> dict[str, Any]:
     """
     unguarded: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
     return unguarded | ({"size_asserts": False} if backend in (None, "inductor") else {})
+
+
+class GraphUNet(ModelMixin, ConfigMixin):
+    """A captured network behind the original's call.
+
+    Args:
+      signature: how a call maps to the graph's inputs.
+      output: how the graph's outputs map to what the original returned.
+      model_config: the original's diffusers config, {} for other modules.
+      returns_dict: whether the original takes `return_dict` and returns an output class by default.
+    """
+
+    config_name = "config.json"  # type: ignore[assignment]
+    qdiff_stage = ""
+    original_class: str
+    """Name of the class that the graph was captured from."""
+
+    def __init__(
+        self,
+        signature: CallSignature,
+        output: OutputStructure,
+        model_config: Mapping[str, Any],
+        *,
+        returns_dict: bool,
+    ) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.signature = signature
+        self.output = output
+        self.returns_dict = returns_dict
+        self.register_to_config(**{key: value for key, value in model_config.items() if not key.startswith("_")})  # type: ignore[no-untyped-call]
+
+    def __getattr__(self, name: str) -> Any:
+        # ModelMixin serves config entries with a deprecation warning; pipelines read unet.in_channels and the like, and
+        # parts of the original, such as unet.add_embedding.linear_1.in_features.
+        try:
+            return torch.nn.Module.__getattr__(self, name)
+        except AttributeError:
+            config = self.__dict__.get("_internal_dict", {})
+            if name in config:
+                return config[name]
+            try:
+                return readable(self._skeleton(), name)
+            except AttributeError:
+                pass
+            raise
+
+    def _skeleton(self) -> torch.nn.Module | None:
+        """The original without weights, built at the first read; no submodule of this one."""
+        if "original_class" not in self.__dict__:  # still in __init__
+            return None
+        if "_original" not in self.__dict__:
+            self.__dict__["_original"] = build_skeleton(self.original_class, dict(self.config))
+        found: torch.nn.Module | None = self.__dict__["_original"]
+        return found
+
+    def run(self, inputs: tuple[Tensor, ...]) -> Any:
+        """The graph's outputs for flat inputs."""
+        raise NotImplementedError
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the original returns for the same call; `return_dict` both ways where the original takes it."""
+        return_dict = kwargs.pop("return_dict", True) if self.returns_dict else False
+        result = self.output.unflatten(self.run(self.signature.flatten(args, kwargs)))
+        if not return_dict:
+            return result
+        if len(result) == 1:
+            return SampleOutput(sample=result[0])
+        made = output_class(self.original_class)  # a ControlNet's, of several fields
+        if made is None:
+            raise InputError(f"{self.original_class} returns {len(result)} results; call it with return_dict=False")
+        return made(*result)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The carrier type: that of the noisy sample and of everything that is not an integer."""
+        return self.signature.input(self.signature.sample).dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        tensor: Tensor | None = next(iter(self.buffers()), None)
+        tensor = next(iter(self.parameters()), None) if tensor is None else tensor
+        return torch.device("cpu") if tensor is None else tensor.device
+
+    def _refuse_cast(self, fn: Callable[[Tensor], Tensor], remedy: str) -> None:
+        """Raise InputError if `fn`, which `.to()` and its kin apply to every tensor, changes the carrier type."""
+        dtype = fn(torch.empty(0, dtype=self.dtype, device=self.device)).dtype
+        if dtype != self.dtype:
+            raise InputError(
+                f"a {self.qdiff_stage} model stays in its carrier type {self.dtype} (scales would be rounded to "
+                f"{dtype}); {remedy} qdiff_fx.convert(prepared, dtype={dtype})"
+            )
 
 
 class PreparedUNet(GraphUNet):
