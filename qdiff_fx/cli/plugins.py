@@ -13,12 +13,14 @@ def loadable(text: str) -> Any:
     module, _, name = text.partition(":")
     if not module or not name:
         raise argparse.ArgumentTypeError(f"{text!r}, want MODULE:NAME, such as my_metrics:lpips")
-    if "" not in sys.path:
-        sys.path.insert(0, "")
+    before = list(sys.path)
+    sys.path.insert(0, "")
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise argparse.ArgumentTypeError(f"{text!r} cannot be imported ({error})") from error
+    finally:
+        sys.path[:] = before
 
 
 def named_loadable(text: str) -> tuple[str, Any]:
