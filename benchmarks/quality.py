@@ -10,9 +10,6 @@ Writes docs/results-reconstruction.json and .md, and the plot of the error's gro
 from __future__ import annotations
 
 import argparse
-import shlex
-import subprocess
-import sys
 import time
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -24,11 +21,11 @@ from typing import Any
 import torch
 
 import qdiff_fx
+from provenance import origin, slug
 from qdiff_fx.assets import load_unconditional
 from qdiff_fx.calibration.driver import activation_quantizers, weight_quantizers
 from qdiff_fx.evaluation import endpoint_psnr, output_sqnr, sample_ddim, trajectory_error
 from qdiff_fx.fake_quantize import QuantizerMode
-from qdiff_fx.kernels.machine import describe_machine
 from qdiff_fx.numerics.affine import QParams
 from qdiff_fx.reconstruction import ReconstructionConfig
 from qdiff_fx.reconstruction.adaround import learn_rounding
@@ -137,7 +134,7 @@ class Bench:
 
     def path(self, name: str) -> Path:
         """Of a finished cell."""
-        return self.work / "cells" / f"{_slug(name)}.json"
+        return self.work / "cells" / f"{slug(name)}.json"
 
     def data(self, name: str, samples: int, seed: int) -> qdiff_fx.CalibrationSet:
         """20 timesteps of DDIM-50 trajectories, `samples` rows at each."""
@@ -174,7 +171,8 @@ class Bench:
         sqnr = output_sqnr(self.pipe.unet, prepared, self.heldout.batches(32))
         images = sample_ddim(prepared, self.pipe.scheduler, self.noise, num_inference_steps=STEPS).images
         psnr = endpoint_psnr(self.images, images)
-        row = _origin(name, cell.seed) | {
+        row = origin(cell.seed) | {
+            "cell": name,
             "preset": cell.preset if cell.learn is not None else None,
             "learn": cell.learn,
             "source": cell.source,
@@ -215,7 +213,7 @@ class Bench:
                 for item in unit.weights:
                     item.quantizer.round_up = None
                 presets[preset] = learn_rounding(problem, ReconstructionConfig.preset(preset), 0).to_dict()
-        row = _origin(name, 0) | {"presets": presets}
+        row = origin(0) | {"cell": name, "presets": presets}
         write_json(self.path(name), row)
         return row
 
@@ -233,7 +231,7 @@ class Bench:
         blocks: list[dict[str, Any]] = []
         if cell.learn is not None:
             learning = ReconstructionConfig.preset(cell.preset, seed=cell.seed, **cell.learn)
-            folder = self.work / "blocks" / _slug(name)
+            folder = self.work / "blocks" / slug(name)
             blocks = [item.to_dict() for item in learn_blocks(prepared, data, learning, 32, folder, False)]
         prepared.set_mode(QuantizerMode.QUANTIZE)
         self.path(name).parent.mkdir(parents=True, exist_ok=True)
@@ -259,12 +257,6 @@ class Bench:
         return curves
 
 
-def _origin(name: str, seed: int) -> dict[str, Any]:
-    """What a cell was measured with."""
-    command = shlex.join(["python", *sys.argv])
-    return {"cell": name, "command": command, "commit": _commit(), "machine": describe_machine(), "seed": seed}
-
-
 def _learned(prepared: Any) -> dict[str, torch.Tensor]:
     """Rounding and steps by the name of their quantizer."""
     tensors: dict[str, torch.Tensor] = {}
@@ -284,19 +276,6 @@ def _take(prepared: Any, tensors: dict[str, torch.Tensor]) -> None:
     for target, activation in activation_quantizers(prepared.graph_module):
         if (scale := tensors.get(f"scale.{activation.spec.bits}.{target}")) is not None:
             activation.set_qparams(QParams(scale, activation.zero_point))
-
-
-def _commit() -> str:
-    """Of the sources, with a mark if they are changed."""
-    root = Path(__file__).resolve().parents[1]
-    found = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=10"], cwd=root, capture_output=True, text=True, check=True
-    )
-    return found.stdout.strip()
-
-
-def _slug(name: str) -> str:
-    return name.lower().replace(" ", "-").replace("/", "_")
 
 
 if __name__ == "__main__":
