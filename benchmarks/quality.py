@@ -1,10 +1,11 @@
-"""What each step of the method gains on the bundled unconditional model, at uniform bits: cell by cell, resumable.
+"""What each step of the method gains on a bundled model, at uniform bits: cell by cell, resumable.
 
     python benchmarks/quality.py --work /tmp/quality
-    python benchmarks/quality.py --work /tmp/quality --cells "W4A8/*"
+    python benchmarks/quality.py --work /tmp/quality --model fashion-cond --cells "W4A8/*"
 
 Every finished cell, every reconstructed block and the data are kept in the work folder, so a killed run continues.
-Writes docs/results-reconstruction.json and .md, and the plot of the error's growth, from the cells that are there.
+Writes docs/results-reconstruction.json and .md, and the plots of the error's growth, from the cells of both models that
+are there.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ import torch
 
 import qdiff_fx
 from provenance import origin, slug
-from qdiff_fx.assets import load_unconditional
 from qdiff_fx.calibration.driver import activation_quantizers, weight_quantizers
-from qdiff_fx.evaluation import endpoint_psnr, output_sqnr, sample_ddim, trajectory_error
+from qdiff_fx.cli.sources import BUNDLED, Source, open_source
+from qdiff_fx.evaluation import Trajectory, endpoint_psnr, output_sqnr, trajectory_error
 from qdiff_fx.fake_quantize import QuantizerMode
 from qdiff_fx.numerics.affine import QParams
 from qdiff_fx.reconstruction import ReconstructionConfig
@@ -95,51 +96,56 @@ CELLS: dict[str, Cell] = {
 }
 
 BLOCKS = ("down_blocks.1.downsamplers.0.conv", "mid_block.attentions.0", "down_blocks.2.resnets.0")
-"""Whose loss is compared over all presets, everything before them rounded to nearest: cells "block/..."."""
+"""Their loss is compared over all presets, everything before them rounded to nearest: cells "block/..."."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for data and finished cells")
+    parser.add_argument("--model", choices=list(BUNDLED), default=next(iter(BUNDLED)))
     parser.add_argument("--cells", nargs="*", default=["*"], help="globs over cell names; nothing writes the page only")
     parser.add_argument("--docs", type=Path, default=Path("docs"))
     arguments = parser.parse_args()
     known = [*CELLS, *(f"block/{block}" for block in BLOCKS)]
     names = [name for pattern in arguments.cells for name in known if fnmatchcase(name, pattern)]
-    bench = Bench(arguments.work)
+    bench = Bench(arguments.work / arguments.model, arguments.model)
     for name in dict.fromkeys(names):
         if not bench.path(name).exists():
             row = bench.run(name) if name in CELLS else bench.run_block(name)
             print({key: row[key] for key in ("cell", "pooled_db", "median_db", "endpoint_db", "presets") if key in row})
-    rows = [read_json(path) for path in sorted(bench.path("").parent.glob("*.json"))]
     place = {name: index for index, name in enumerate(known)}
-    rows.sort(key=lambda row: place.get(row["cell"], len(place)))
-    write_page(arguments.docs, {row["cell"]: row for row in rows})
+    cells = {}
+    for model in BUNDLED:
+        rows = [read_json(path) for path in sorted((arguments.work / model / "cells").glob("*.json"))]
+        rows.sort(key=lambda row: place.get(row["cell"], len(place)))
+        cells[model] = {row["cell"]: row for row in rows}
+    write_page(arguments.docs, cells)
 
 
 class Bench:
-    """Data, references and finished cells.
+    """Data, references and finished cells of one model.
 
     Args:
       work: the folder of all of them.
+      model: a key of BUNDLED; a conditional one is sampled with its guidance.
     """
 
-    def __init__(self, work: Path) -> None:
-        self.work = work
+    def __init__(self, work: Path, model: str) -> None:
+        self.work, self.model = work, model
 
     @cached_property
-    def pipe(self) -> Any:
+    def source(self) -> Source:
         """The bundled model with its scheduler."""
-        return load_unconditional()
+        return open_source(self.model)
 
     def path(self, name: str) -> Path:
         """Of a finished cell."""
         return self.work / "cells" / f"{slug(name)}.json"
 
     def data(self, name: str, samples: int, seed: int) -> qdiff_fx.CalibrationSet:
-        """20 timesteps of DDIM-50 trajectories, `samples` rows at each."""
-        return qdiff_fx.CalibrationSet.collect(
-            self.pipe,
+        """20 timesteps of DDIM-50 trajectories, `samples` rows at each, of both branches where there is guidance."""
+        return self.source.collect(
+            guidance_scale=None,
             num_inference_steps=STEPS,
             num_timesteps=20,
             samples_per_timestep=samples,
@@ -153,30 +159,30 @@ class Bench:
         """Rows of trajectories that nothing was fitted on."""
         return self.data("heldout", 26, 1000)
 
-    @cached_property
-    def noise(self) -> torch.Tensor:
-        """Where the sampled images begin."""
-        return torch.randn(IMAGES, 1, 28, 28, generator=torch.Generator().manual_seed(NOISE_SEED))
+    def sample(self, network: Any, steps: int = STEPS) -> Trajectory:
+        """From the same noise and for the same prompts, whatever the network."""
+        noise = self.source.noise(IMAGES, NOISE_SEED)
+        return self.source.sampler(noise, steps=steps, guidance_scale=None, keep_steps=True)(network)
 
     @cached_property
     def images(self) -> torch.Tensor:
         """Of the full-precision network."""
-        return sample_ddim(self.pipe.unet, self.pipe.scheduler, self.noise, num_inference_steps=STEPS).images
+        return self.sample(self.source.unet).images
 
     def run(self, name: str) -> dict[str, Any]:
         """Make and measure one cell."""
         cell, started = CELLS[name], time.monotonic()
         prepared, blocks = self._make(name, cell)
         made = time.monotonic()
-        sqnr = output_sqnr(self.pipe.unet, prepared, self.heldout.batches(32))
-        images = sample_ddim(prepared, self.pipe.scheduler, self.noise, num_inference_steps=STEPS).images
-        psnr = endpoint_psnr(self.images, images)
+        sqnr = output_sqnr(self.source.unet, prepared, self.heldout.batches(32))
+        psnr = endpoint_psnr(self.images, self.sample(prepared).images)
         row = origin(cell.seed) | {
             "cell": name,
+            "model": self.model,
             "preset": cell.preset if cell.learn is not None else None,
             "learn": cell.learn,
             "source": cell.source,
-            "calibration_rows": 1040,
+            "calibration_rows": len(self.data("calibration", 52, cell.seed)),
             "heldout_rows": len(self.heldout),
             "pooled_db": sqnr.pooled_db,
             "median_db": sqnr.median_db,
@@ -194,7 +200,7 @@ class Bench:
     def run_block(self, name: str) -> dict[str, Any]:
         """Learn one block with every preset, and keep the losses."""
         data = self.data("calibration", 52, 0)
-        prepared = qdiff_fx.prepare(self.pipe.unet, qdiff_fx.QDiffConfig.preset("w4a32", **UNIFORM))
+        prepared = qdiff_fx.prepare(self.source.unet, qdiff_fx.QDiffConfig.preset("w4a32", **UNIFORM))
         observe_and_fit(prepared, data, 32, None, False)
         units = partition(prepared.graph_module)
         with closing(ActivationCache(2**32)) as cache:
@@ -213,7 +219,7 @@ class Bench:
                 for item in unit.weights:
                     item.quantizer.round_up = None
                 presets[preset] = learn_rounding(problem, ReconstructionConfig.preset(preset), 0).to_dict()
-        row = origin(0) | {"cell": name, "presets": presets}
+        row = origin(0) | {"cell": name, "model": self.model, "presets": presets}
         write_json(self.path(name), row)
         return row
 
@@ -222,7 +228,7 @@ class Bench:
         data = self.data("calibration", 52, cell.seed)
         bits = {"weight_bits": int(width[1]), "activation_bits": int(width[3:])}
         config = qdiff_fx.QDiffConfig(**UNIFORM | bits | {"seed": cell.seed} | cell.config)
-        prepared = qdiff_fx.prepare(self.pipe.unet, config)
+        prepared = qdiff_fx.prepare(self.source.unet, config)
         observe_and_fit(prepared, data, 32, None, False)
         if cell.source is not None:
             if not self.path(cell.source).exists():
@@ -240,8 +246,7 @@ class Bench:
 
     def _growth(self, prepared: Any) -> dict[str, list[float]]:
         """Relative error after each of DDIM-100's steps from the same noise."""
-        scheduler, count = self.pipe.scheduler, GROWTH_STEPS
-        reference = sample_ddim(self.pipe.unet, scheduler, self.noise, num_inference_steps=count, keep_steps=True)
+        reference = self.sample(self.source.unet, GROWTH_STEPS)
         curves: dict[str, list[float]] = {}
         for label, weights, activations in (
             ("weights and activations", QuantizerMode.QUANTIZE, QuantizerMode.QUANTIZE),
@@ -251,8 +256,7 @@ class Bench:
             prepared.set_mode(activations)
             for quantizer, _ in weight_quantizers(prepared.graph_module):
                 quantizer.mode = weights
-            steps = sample_ddim(prepared, scheduler, self.noise, num_inference_steps=count, keep_steps=True).steps
-            curves[label] = trajectory_error(reference.steps, steps)
+            curves[label] = trajectory_error(reference.steps, self.sample(prepared, GROWTH_STEPS).steps)
         prepared.set_mode(QuantizerMode.QUANTIZE)
         return curves
 

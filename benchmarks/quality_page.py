@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -11,35 +12,48 @@ from typing import Any
 from qdiff_fx.report.plots import COLOURS, plot_error_growth
 from qdiff_fx.safe_io import write_bytes, write_json
 
-PLOT = "images/reconstruction-error-growth.png"
+PLOT = "images/reconstruction-error-growth-{model}.png"
 CHAIN = ("RTN min-max", "RTN MSE", "split", "layer AdaRound", "block AdaRound", "LSQ")
 TOLERATED_LOSS_DB = 0.1
 YARDSTICKS = {"pooled_db": "pooled", "median_db": "median", "endpoint_db": "end point"}
 
 
-def write_page(docs: Path, cells: dict[str, dict[str, Any]]) -> None:
-    """Write page, JSON and plot.
+def write_page(docs: Path, cells: Mapping[str, dict[str, dict[str, Any]]]) -> None:
+    """Write page, JSON and plots.
 
     Args:
       docs: the folder of the page.
-      cells: the rows that are there, by name.
+      cells: the rows that are there, by model and name.
     """
+    cells = {model: rows for model, rows in cells.items() if rows}
     if not cells:
         return
-    write_json(docs / "results-reconstruction.json", {"cells": list(cells.values())})
-    blocks, cells = _parted(cells)
+    write_json(
+        docs / "results-reconstruction.json", {"cells": [row for rows in cells.values() for row in rows.values()]}
+    )
+    sections = [_head([row for rows in cells.values() for row in _parted(rows)[1].values()])]
+    for model, rows in cells.items():
+        sections += [f"## {model}", *_sections(docs, model, rows)]
+    write_bytes(docs / "results-reconstruction.md", "\n\n".join(filter(None, sections)).encode() + b"\n")
+
+
+def _sections(docs: Path, model: str, rows: dict[str, dict[str, Any]]) -> list[str]:
+    blocks, cells = _parted(rows)
     growth = next((row["growth"] for row in cells.values() if row["growth"]), None)
-    sections = [
-        _head(cells),
+    return [
         _table("The chain", [name for name in cells if name[:2] in ("W4", "W8")], cells),
         _steps(cells),
         _seeds(cells),
-        _growth(docs, growth) if growth else "",
+        _growth(docs, model, growth) if growth else "",
         _table("Options, each alone", [name for name in cells if name.startswith("option")], cells),
-        _table("Presets", [name for name in cells if name.startswith("preset")] + ["W4A32/block AdaRound"], cells),
+        _presets(cells),
         _blocks(blocks),
     ]
-    write_bytes(docs / "results-reconstruction.md", "\n\n".join(filter(None, sections)).encode() + b"\n")
+
+
+def _presets(cells: dict[str, dict[str, Any]]) -> str:
+    names = [name for name in cells if name.startswith("preset")]
+    return _table("Presets", [*names, "W4A32/block AdaRound"], cells) if names else ""
 
 
 def _parted(cells: dict[str, dict[str, Any]]) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
@@ -52,7 +66,7 @@ def _blocks(blocks: dict[str, dict[str, Any]]) -> str:
     if not blocks:
         return ""
     lines = [
-        "## Presets on single blocks",
+        "### Presets on single blocks",
         "",
         "Reconstruction loss over all calibration rows as a share of rounding to nearest; seconds in brackets.",
         "",
@@ -68,10 +82,10 @@ def _blocks(blocks: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _head(cells: dict[str, dict[str, Any]]) -> str:
-    some = next(iter(cells.values()))
-    commits = ", ".join(f"`{commit}`" for commit in dict.fromkeys(row["commit"] for row in cells.values()))
-    return f"""# Reconstruction on the bundled unconditional model
+def _head(rows: list[dict[str, Any]]) -> str:
+    some = rows[0]
+    commits = ", ".join(f"`{commit}`" for commit in dict.fromkeys(row["commit"] for row in rows))
+    return f"""# Reconstruction on the bundled models
 
 Written by `benchmarks/quality.py`; the command, commit and seed of every cell are in `results-reconstruction.json`
 (commits {commits}; {some["machine"]["processor"]}, {some["machine"]["isa"]}, {some["machine"]["threads"]} thread(s),
@@ -87,7 +101,7 @@ def _table(title: str, names: list[str], cells: dict[str, dict[str, Any]]) -> st
     if not rows:
         return ""
     lines = [
-        f"## {title}",
+        f"### {title}",
         "",
         "| cell | output SQNR pooled, dB | median, dB | end-point PSNR, dB | seconds of learning |",
         "|---|---|---|---|---|",
@@ -110,7 +124,7 @@ def _steps(cells: dict[str, dict[str, Any]]) -> str:
             for key, label in YARDSTICKS.items():
                 if new[key] < old[key] - TOLERATED_LOSS_DB:
                     losses.append(f"| {width} | {before} -> {after} | {label} | {new[key] - old[key]:+.2f} |")
-    head = f"## Steps of the chain that lose more than {TOLERATED_LOSS_DB} dB\n\n"
+    head = f"### Steps of the chain that lose more than {TOLERATED_LOSS_DB} dB\n\n"
     if not losses:
         return head + "None."
     return head + "\n".join(["| width | step | yardstick | change, dB |", "|---|---|---|---|", *losses])
@@ -129,16 +143,17 @@ def _seeds(cells: dict[str, dict[str, Any]]) -> str:
     return f"{table}\n\nMean and standard deviation, dB: {', '.join(figures)}."
 
 
-def _growth(docs: Path, growth: dict[str, list[float]]) -> str:
+def _growth(docs: Path, model: str, growth: dict[str, list[float]]) -> str:
+    plot = PLOT.format(model=model)
     colours = dict(zip(growth, COLOURS, strict=False))
     curves = [{"label": label, "colour": colours[label], "errors": errors} for label, errors in growth.items()]
-    plot_error_growth(docs / PLOT, curves)
+    plot_error_growth(docs / plot, curves)
     count = len(next(iter(growth.values())))
     places = [count // 10 - 1, count // 2 - 1, count * 9 // 10 - 1, count - 1]
     lines = [
-        f"## Growth of the error over DDIM-{count}, final W4A8",
+        f"### Growth of the error over DDIM-{count}, final W4A8",
         "",
-        f"![error growth]({PLOT})",
+        f"![error growth]({plot})",
         "",
         "Relative error of the sample against full precision from the same noise, after so many steps:",
         "",
