@@ -102,7 +102,7 @@ def rounding_gradient(
     *,
     regularization: float,
     beta: float | None,
-    workspace: Float[Tensor, "3 n"] | None = None,
+    workspace: Float[Tensor, "4 n"] | None = None,
 ) -> Float[Tensor, " n"]:
     """d/dV of loss(low + h(V) * gap) + regularization * rounding_penalty(h(V), beta), in closed form.
 
@@ -116,19 +116,18 @@ def rounding_gradient(
       beta: exponent of the penalty; None where there is none yet.
       workspace: memory that is used again from step to step; its first row is what is returned.
     """
-    space = torch.stack([variable] * 3) if workspace is None else workspace
-    gradient, centred, slope = space.unbind()
-    torch.sigmoid(variable, out=slope)
+    space = torch.stack([variable] * 4) if workspace is None else workspace
+    gradient, sigmoid, centred, magnitude = space.unbind()
+    torch.sigmoid(variable, out=sigmoid)
     # 2 h - 1 before clamping; h is clamped, and has no gradient, where this leaves [-1, 1].
-    torch.mul(slope, 2.0 * (ZETA - GAMMA), out=centred).add_(2.0 * GAMMA - 1.0)
-    # (zeta - gamma) sigmoid (1 - sigmoid), from the square of its distance to the middle.
-    slope.sub_(0.5).square_().neg_().add_(0.25).mul_(ZETA - GAMMA)
-    slope.mul_(centred.abs() <= 1.0)
+    torch.mul(sigmoid, 2.0 * (ZETA - GAMMA), out=centred).add_(2.0 * GAMMA - 1.0)
     torch.mul(weight_gradient, gap, out=gradient)
-    if beta is not None:
-        magnitude = centred.abs().pow_(beta - 1.0)
+    if beta is not None:  # |2 h - 1|^(beta - 1) by its logarithm, which takes two thirds of the time of pow
+        torch.abs(centred, out=magnitude).log_().mul_(beta - 1.0).exp_()
         gradient.sub_(magnitude.copysign_(centred), alpha=2.0 * beta * regularization)
-    return gradient.mul_(slope)
+    torch.ops.aten.sigmoid_backward.grad_input(gradient, sigmoid, grad_input=gradient)
+    torch.ops.aten.hardtanh_backward.grad_input(gradient, centred, -1.0, 1.0, grad_input=gradient)
+    return gradient.mul_(ZETA - GAMMA)
 
 
 def annealed_beta(progress: float, *, warmup: float, start: float, end: float) -> float | None:

@@ -23,9 +23,9 @@ from qdiff_fx.reconstruction.problem import BlockProblem
 from qdiff_fx.reconstruction.streams import FULL, QUANTIZED, Streams
 from qdiff_fx.reconstruction.subgraph import Unit
 
-_FLAT_VECTORS = 13
+_FLAT_VECTORS = 12
 """float32 vectors of a learned weight: low, gap, V, two of Adam, the soft weight, its gradient by layer and as one
-vector, the three of the workspace (the gradient of V is one), and two that the closed form makes."""
+vector, and the four of the workspace (the gradient of V is one)."""
 
 _PASSES = 4
 """Forward passes a phase: both streams, and the loss before and after."""

@@ -105,7 +105,7 @@ def test_the_closed_form_is_the_gradient_of_loss_and_penalty(seed: int, beta: fl
     (loss if beta is None else loss + 0.3 * rounding_penalty(rounding, beta)).backward()
     found = rounding_gradient(variable.detach(), slope, gap, regularization=0.3, beta=beta)
     assert torch.allclose(found, variable.grad, rtol=1e-9, atol=1e-12)
-    space = torch.empty(3, 64, dtype=torch.float64)
+    space = torch.empty(4, 64, dtype=torch.float64)
     again = rounding_gradient(variable.detach(), slope, gap, regularization=0.3, beta=beta, workspace=space)
     assert torch.equal(again, found) and again.data_ptr() == space.data_ptr()
     assert torch.equal(soft_rounding(variable.detach(), out=space[1]), rounding)
