@@ -13,9 +13,9 @@ from __future__ import annotations
 import argparse
 import time
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ from qdiff_fx.safe_io import read_json, read_tensors, write_json, write_tensors
 from qdiff_fx.stages import learn_blocks, observe_and_fit
 from quality_page import write_page
 
-STEPS, GROWTH_STEPS, IMAGES, NOISE_SEED = 50, 100, 16, 5
+STEPS, GROWTH_STEPS, IMAGES, MANY_IMAGES, NOISE_SEED = 50, 100, 16, 128, 5
 UNIFORM: dict[str, Any] = {"weight_slack": 0.0, "activation_slack": 0.0, "equalize": False}
 MINMAX = {"weight_observer": "minmax", "activation_observer": "minmax", "split_shortcuts": False}
 NO_STEPS, NO_ROUNDING = {"activation_iterations": 0}, {"weight_iterations": 0}
@@ -55,6 +55,7 @@ class Cell:
       source: the cell whose rounding (and, at the same width, steps) this one begins with.
       seed: of the calibration set, the observers and the learning.
       growth: also follow the error over DDIM-100, for weights alone, activations alone and both.
+      images: end points.
     """
 
     config: dict[str, Any] = field(default_factory=dict)
@@ -63,6 +64,7 @@ class Cell:
     source: str | None = None
     seed: int = 0
     growth: bool = False
+    images: int = IMAGES
 
 
 def _chain(width: str) -> dict[str, Cell]:
@@ -93,6 +95,11 @@ CELLS: dict[str, Cell] = {
         }.items()
     },
     "preset/W4A32 balanced": Cell(learn=NO_STEPS, preset="balanced"),
+    **{
+        f"{MANY_IMAGES} images/{width} {name}": replace(_chain(width)[name], images=MANY_IMAGES, growth=False)
+        for width in ("W4A32", "W4A8")
+        for name in ("RTN min-max", "RTN MSE", "split")
+    },
 }
 
 BLOCKS = ("down_blocks.1.downsamplers.0.conv", "mid_block.attentions.0", "down_blocks.2.resnets.0")
@@ -159,15 +166,15 @@ class Bench:
         """Rows of trajectories that nothing was fitted on."""
         return self.data("heldout", 26, 1000)
 
-    def sample(self, network: Any, steps: int = STEPS) -> Trajectory:
+    def sample(self, network: Any, *, steps: int = STEPS, images: int = IMAGES) -> Trajectory:
         """From the same noise and for the same prompts, whatever the network."""
-        noise = self.source.noise(IMAGES, NOISE_SEED)
+        noise = self.source.noise(images, NOISE_SEED)
         return self.source.sampler(noise, steps=steps, guidance_scale=None, keep_steps=True)(network)
 
-    @cached_property
-    def images(self) -> torch.Tensor:
-        """Of the full-precision network."""
-        return self.sample(self.source.unet).images
+    @cache  # noqa: B019 - one bench a process
+    def reference(self, images: int) -> torch.Tensor:
+        """Samples of the full-precision network."""
+        return self.sample(self.source.unet, images=images).images
 
     def run(self, name: str) -> dict[str, Any]:
         """Make and measure one cell."""
@@ -175,7 +182,7 @@ class Bench:
         prepared, blocks = self._make(name, cell)
         made = time.monotonic()
         sqnr = output_sqnr(self.source.unet, prepared, self.heldout.batches(32))
-        psnr = endpoint_psnr(self.images, self.sample(prepared).images)
+        psnr = endpoint_psnr(self.reference(cell.images), self.sample(prepared, images=cell.images).images)
         row = origin(cell.seed) | {
             "cell": name,
             "model": self.model,
@@ -246,7 +253,7 @@ class Bench:
 
     def _growth(self, prepared: Any) -> dict[str, list[float]]:
         """Relative error after each of DDIM-100's steps from the same noise."""
-        reference = self.sample(self.source.unet, GROWTH_STEPS)
+        reference = self.sample(self.source.unet, steps=GROWTH_STEPS)
         curves: dict[str, list[float]] = {}
         for label, weights, activations in (
             ("weights and activations", QuantizerMode.QUANTIZE, QuantizerMode.QUANTIZE),
@@ -256,7 +263,7 @@ class Bench:
             prepared.set_mode(activations)
             for quantizer, _ in weight_quantizers(prepared.graph_module):
                 quantizer.mode = weights
-            curves[label] = trajectory_error(reference.steps, self.sample(prepared, GROWTH_STEPS).steps)
+            curves[label] = trajectory_error(reference.steps, self.sample(prepared, steps=GROWTH_STEPS).steps)
         prepared.set_mode(QuantizerMode.QUANTIZE)
         return curves
 

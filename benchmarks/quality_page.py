@@ -9,6 +9,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import torch
+
 from qdiff_fx.report.plots import COLOURS, plot_error_growth
 from qdiff_fx.safe_io import write_bytes, write_json
 
@@ -43,6 +45,7 @@ def _sections(docs: Path, model: str, rows: dict[str, dict[str, Any]]) -> list[s
     return [
         _table("The chain", [name for name in cells if name[:2] in ("W4", "W8")], cells),
         _steps(cells),
+        _many_images(cells),
         _seeds(cells),
         _growth(docs, model, growth) if growth else "",
         _table("Options, each alone", [name for name in cells if name.startswith("option")], cells),
@@ -128,6 +131,32 @@ def _steps(cells: dict[str, dict[str, Any]]) -> str:
     if not losses:
         return head + "None."
     return head + "\n".join(["| width | step | yardstick | change, dB |", "|---|---|---|---|", *losses])
+
+
+def _many_images(cells: dict[str, dict[str, Any]]) -> str:
+    """Steps of the chain by many more end points, whose differences by sample have a standard error."""
+    by_count: dict[str, list[dict[str, Any]]] = {}
+    for name, row in cells.items():
+        count, _, rest = name.partition(" images/")
+        if rest:
+            by_count.setdefault(f"{count} images, {rest.split()[0]}", []).append(row)
+    lines = []
+    for label, rows in by_count.items():
+        for before, after in itertools.pairwise(rows):
+            old, new = (torch.tensor(row["endpoint_by_sample"]) for row in (before, after))
+            error = (new - old).std() / len(old) ** 0.5
+            step = f"{_step_name(before)} -> {_step_name(after)}"
+            lines.append(
+                f"| {label} | {step} | {old.mean():.2f} | {new.mean():.2f} | {(new - old).mean():+.2f} ± {error:.2f} |"
+            )
+    if not lines:
+        return ""
+    head = "### More end points\n\nMean over samples, and the mean difference with its standard error.\n\n"
+    return head + "\n".join(["| cells | step | before, dB | after, dB | change, dB |", "|---|---|---|---|---|", *lines])
+
+
+def _step_name(row: dict[str, Any]) -> str:
+    return str(row["cell"]).partition("/")[2].partition(" ")[2]
 
 
 def _seeds(cells: dict[str, dict[str, Any]]) -> str:
