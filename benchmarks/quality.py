@@ -96,7 +96,9 @@ CELLS: dict[str, Cell] = {
     },
     "preset/W4A32 balanced": Cell(learn=NO_STEPS, preset="balanced"),
     **{
-        f"{MANY_IMAGES} images/{width} {name}": replace(_chain(width)[name], images=MANY_IMAGES, growth=False)
+        f"{MANY_IMAGES} images/{width} {name}": replace(
+            _chain(width)[f"{width}/{name}"], images=MANY_IMAGES, growth=False
+        )
         for width in ("W4A32", "W4A8")
         for name in ("RTN min-max", "RTN MSE", "split")
     },
