@@ -27,6 +27,7 @@ import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import Tensor
 
+import peers
 import qdiff_fx
 from peak_memory import peaks
 from qdiff_fx.assets import load_conditional, load_unconditional
@@ -38,6 +39,12 @@ from roofline import achieved_gops
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "1073741824", "MALLOC_TRIM_THRESHOLD_": "4294967296"}
 BATCH = 2
 BASELINE = "bf16 compile"
+PEERS = (
+    "NNCF int8 on OpenVINO, bf16",
+    "ONNX Runtime int8",
+    "torchao PT2E, X86InductorQuantizer",
+    "SDNQ int8, dynamic int8 activations",
+)
 CARRIERS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -99,6 +106,7 @@ def main() -> None:
     parser.add_argument("--backends", nargs="+", choices=["x86", "openvino"], default=["x86"])
     parser.add_argument("--carriers", nargs="+", choices=list(CARRIERS), default=["bf16"])
     parser.add_argument("--autotune", action="store_true", help="also arms whose layers choose int8 or the carrier")
+    parser.add_argument("--peers", action="store_true", help="also other tools' int8 networks (extra [peers])")
     parser.add_argument("--memory", action="store_true", help="also the peak memory of loading and one step")
     arguments = parser.parse_args()
     results = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
@@ -122,7 +130,8 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
 
     def add(label: str, model: Any, dtype: torch.dtype) -> None:
         given = cast(inputs, dtype)
-        arms[label] = lambda: model(**given, timestep=timestep, return_dict=False)[0]
+        sample, others = given.pop("sample"), given
+        arms[label] = lambda: model(sample, timestep, return_dict=False, **others)[0]
 
     work = tempfile.TemporaryDirectory()
     folders: dict[str, Path] = {}
@@ -139,6 +148,15 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
                 add(f"{label}, autotuned", qdiff_fx.load(folders[label], "x86", autotune=True).compile(), dtype)
         if "openvino" in options.backends:
             add(f"{label} openvino", qdiff_fx.load(folders[label], "openvino").compile(), dtype)
+    failed = {}
+    for label in PEERS if options.peers else ():
+        try:
+            add(label, peers.quantize(label, module, calls(inputs)), torch.float32)
+            arms[label]()
+        except Exception as error:  # whatever a tool raises is its result
+            arms.pop(label, None)
+            failed[label] = f"{type(error).__name__}: {error}".splitlines()[0][:160]
+        print(f"{name}: {label} {failed.get(label, 'is ready')}", flush=True)
     add("fp32 compile", torch.compile(module, fullgraph=True), torch.float32)
     add(BASELINE, torch.compile(copy.deepcopy(module).to(torch.bfloat16), fullgraph=True), torch.bfloat16)
     with torch.no_grad():
@@ -153,6 +171,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
         "batch": BATCH,
         "int8_matmul_gops": matmul_gops(),
         "achieved_gops": achieved,
+        "failed": failed,
         "peak_bytes": peaks(module, inputs, folders) if options.memory else {},
         "arms": {
             label: {
@@ -164,6 +183,12 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
             for label in ("fp32 compile", BASELINE, *(label for label in arms if "compile" not in label))
         },
     }
+
+
+def calls(inputs: Mapping[str, Tensor]) -> peers.Calls:
+    """Calibration data for the peers, like `quantize` has it."""
+    others = {key: value for key, value in inputs.items() if key != "sample"}
+    return [((inputs["sample"], torch.full((BATCH,), timestep)), others) for timestep in (10.0, 500.0, 990.0)]
 
 
 def cast(inputs: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -265,6 +290,7 @@ def table(results: Mapping[str, Any]) -> str:
                 f"| {label} | {arm['milliseconds']:.1f} | {arm['speed_over_bf16']:.2f}x | "
                 f"{arm['speed_over_fp32']:.2f}x | {arm['sqnr_db']:.1f} |"
             )
+        lines += [f"| {label} | {error} | | | |" for label, error in case.get("failed", {}).items()]
         lines += roofline_lines(case) + memory_lines(case)
     return "\n".join(lines) + "\n"
 

@@ -122,33 +122,104 @@ class _Flat(nn.Module):
         prediction: Tensor = self.unet(sample, timestep, return_dict=False, **named)[0]
         return prediction
 
+    def example(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, ...]:
+        """A call as this module takes it: a timestep for every row."""
+        sample, timestep = args
+        steps = torch.as_tensor(timestep, dtype=torch.float32).reshape(-1).expand(len(sample)).contiguous()
+        return sample, steps, *(kwargs[name] for name in self.names)
 
-def _nncf(unet: nn.Module, calls: Calls) -> Network:
+    @classmethod
+    def of(cls, unet: nn.Module, calls: Calls) -> _Flat:
+        """With the inputs that `calls` have."""
+        return cls(unet, tuple(name for name in calls[0][1] if name != "return_dict"))
+
+
+def _nncf(unet: nn.Module, calls: Calls, *, precision: str = "f32") -> Network:
     import nncf
     import openvino
     from openvino import properties
 
-    def flat(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, ...]:
-        sample, timestep = args
-        steps = torch.as_tensor(timestep, dtype=torch.float32).reshape(-1).expand(len(sample)).contiguous()
-        return sample, steps, *(kwargs[name] for name in names)
-
-    names = tuple(name for name in calls[0][1] if name != "return_dict")
-    example = flat(*calls[0])
-    model = openvino.convert_model(_Flat(unet, names), example_input=example)
+    flat = _Flat.of(unet, calls)
+    example = flat.example(*calls[0])
+    model = openvino.convert_model(flat, example_input=example)
     model.reshape({item: [-1, *example[index].shape[1:]] for index, item in enumerate(model.inputs)})
-    data = nncf.Dataset([[tensor.numpy() for tensor in flat(*call)] for call in calls])
+    data = nncf.Dataset([[tensor.numpy() for tensor in flat.example(*call)] for call in calls])
     quantized = nncf.quantize(model, data, subset_size=len(calls))
     kept = sum(node.data.nbytes for node in quantized.get_ops() if node.get_type_name() == "Constant")
     options = {
-        properties.hint.inference_precision(): "f32",
+        properties.hint.inference_precision(): precision,
         properties.inference_num_threads(): torch.get_num_threads(),
     }
     compiled = openvino.compile_model(quantized, "CPU", options)
 
     def run(*args: Any, **kwargs: Any) -> tuple[Tensor]:
-        result = compiled([tensor.numpy() for tensor in flat(args, kwargs)])
+        result = compiled([tensor.numpy() for tensor in flat.example(args, kwargs)])
         return (torch.from_numpy(result[0].copy()),)
+
+    return Network(call=run, bytes=kept, bits="W8A8")
+
+
+def _pt2e(unet: nn.Module, calls: Calls) -> Network:
+    """The fusions of inductor register when this quantizer's module is imported, and need constants frozen."""
+    from torch._inductor import config
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+    from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
+
+    flat = _Flat.of(unet, calls)
+    quantizer = x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config())
+    prepared = prepare_pt2e(torch.export.export(flat, flat.example(*calls[0])).module(), quantizer)
+    for call in calls:
+        prepared(*flat.example(*call))
+    converted = convert_pt2e(prepared)
+    compiled = torch.compile(converted)
+
+    def run(*args: Any, **kwargs: Any) -> tuple[Tensor]:
+        with config.patch(freezing=True):
+            return (compiled(*flat.example(args, kwargs)),)
+
+    return Network(call=run, bytes=module_bytes(converted), bits="W8A8")
+
+
+def _onnxruntime(unet: nn.Module, calls: Calls) -> Network:
+    import tempfile
+    from pathlib import Path
+
+    import onnxruntime
+    from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    flat = _Flat.of(unet, calls)
+    example = flat.example(*calls[0])
+    names = [f"input_{index}" for index in range(len(example))]
+
+    class Reader(CalibrationDataReader):  # type: ignore[misc, unused-ignore]
+        rows = iter([dict(zip(names, (t.numpy() for t in flat.example(*call)), strict=True)) for call in calls])
+
+        def get_next(self) -> Any:
+            return next(self.rows, None)
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    with tempfile.TemporaryDirectory() as folder:
+        exported, ready, quantized = (str(Path(folder, f"{name}.onnx")) for name in ("fp32", "ready", "int8"))
+        torch.onnx.export(flat, example, exported, input_names=names, dynamo=True, external_data=True)
+        quant_pre_process(exported, ready, skip_symbolic_shape=True, save_as_external_data=True)
+        quantize_static(
+            ready,
+            quantized,
+            Reader(),
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+            per_channel=True,
+            op_types_to_quantize=["Conv", "MatMul", "Gemm"],
+            use_external_data_format=True,
+        )
+        kept = sum(file.stat().st_size for file in Path(folder).glob("int8*"))
+        session = onnxruntime.InferenceSession(quantized, options, providers=["CPUExecutionProvider"])
+
+    def run(*args: Any, **kwargs: Any) -> tuple[Tensor]:
+        given = zip(names, (tensor.numpy() for tensor in flat.example(args, kwargs)), strict=True)
+        return (torch.from_numpy(session.run(None, dict(given))[0]),)
 
     return Network(call=run, bytes=kept, bits="W8A8")
 
@@ -207,5 +278,8 @@ PEERS: Mapping[str, Callable[[nn.Module, Calls], Network]] = {
     "quanto int8 weights and activations": partial(_quanto, weights="qint8", activations="qint8", bits="W8A8"),
     "quanto int4 weights": partial(_quanto, weights="qint4", bits="W4A32"),
     "NNCF int8 on OpenVINO": _nncf,
+    "NNCF int8 on OpenVINO, bf16": partial(_nncf, precision="bf16"),
+    "torchao PT2E, X86InductorQuantizer": _pt2e,
+    "ONNX Runtime int8": _onnxruntime,
 }
 """By the name in tables; ours and full precision stand among them so that all run through the same code."""
