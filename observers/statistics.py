@@ -1,5 +1,6 @@
 """What reports and later passes want to know of an activation: maxima by channel, ranges by timestep."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -30,7 +31,7 @@ class TimestepRange:
 class ActivationStatistics(RunningState):
     """max |x| by channel, and range and channel maxima by timestep; an entry for each of at most 64 timesteps.
 
-    Costs two reductions of `x` a batch. All state is in buffers, on the CPU until moved, and goes into `state_dict`.
+    Costs four reductions of `x` a batch. All state is in buffers, on the CPU until moved, and goes into `state_dict`.
 
     Attributes:
       channel_axis: of the tensors, never 0 (that one is the rows).
@@ -39,6 +40,9 @@ class ActivationStatistics(RunningState):
       rows: [T], rows seen at each, int64.
       minima, maxima: [T], range at each.
       timestep_channel_maxima: [T, C], max |x| by channel at each.
+      positions: values of each channel that the next two count, int64.
+      channel_means, channel_variances: [C], of tensors with positions, float64; [0] for embeddings, which differ from
+        row to row alone.
     """
 
     channel_maxima: Tensor
@@ -47,6 +51,9 @@ class ActivationStatistics(RunningState):
     minima: Tensor
     maxima: Tensor
     timestep_channel_maxima: Tensor
+    positions: Tensor
+    channel_means: Tensor
+    channel_variances: Tensor
 
     def __init__(self, channel_axis: int) -> None:
         super().__init__()
@@ -57,6 +64,9 @@ class ActivationStatistics(RunningState):
         self.register_buffer("minima", torch.empty(0))
         self.register_buffer("maxima", torch.empty(0))
         self.register_buffer("timestep_channel_maxima", torch.empty(0, 0))
+        self.register_buffer("positions", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("channel_means", torch.empty(0, dtype=torch.float64))
+        self.register_buffer("channel_variances", torch.empty(0, dtype=torch.float64))
 
     @torch.no_grad()
     def update(self, x: Float[Tensor, "..."], timesteps: Num[Tensor, " B"] | None = None) -> None:
@@ -84,6 +94,8 @@ class ActivationStatistics(RunningState):
         absolute = torch.maximum(-lowest, highest)
         total = absolute.amax(dim=0)
         self.channel_maxima = torch.maximum(self.channel_maxima, total) if self.channel_maxima.numel() else total
+        if others:
+            self._take_moments(x, [0, *others])
         if timesteps is None or timesteps.numel() == 0 or x.shape[0] % timesteps.numel():
             return
         times = timesteps.detach().flatten().to(self.timesteps.device, torch.float64)
@@ -95,6 +107,32 @@ class ActivationStatistics(RunningState):
             highest.amax(dim=1),
             absolute,
         )
+
+    @property
+    def offset_ratio(self) -> float:
+        """Energy over variance, summed over the channels; 1 where channels lie around zero, nan where unknown.
+
+        The constant that each channel lies around costs a floating type digits, and carries nothing that a
+        normalisation or a bias behind it does not take away.
+        """
+        if not self.channel_means.numel():
+            return math.nan
+        variance = float(self.channel_variances.sum())
+        return (float(self.channel_means.square().sum()) + variance) / variance if variance > 0.0 else math.nan
+
+    def _take_moments(self, x: Tensor, dimensions: list[int]) -> None:
+        """Merge means and variances over `dimensions` (Chan, Golub and LeVeque, 1979)."""
+        device = self.channel_means.device
+        moments = torch.var_mean(x.to(torch.float32), dim=dimensions, correction=0)
+        variances, means = (moment.to(device, torch.float64) for moment in moments)
+        count = x.numel() // means.numel()
+        if self.channel_means.numel():
+            share = count / (count + int(self.positions))
+            shift = means - self.channel_means
+            means = self.channel_means + share * shift
+            variances = torch.lerp(self.channel_variances, variances, share) + share * (1.0 - share) * shift.square()
+        self.positions = self.positions + count
+        self.channel_means, self.channel_variances = means, variances
 
     def _merge(self, times: Tensor, rows: Tensor, minima: Tensor, maxima: Tensor, channel_maxima: Tensor) -> None:
         if self.timesteps.numel():

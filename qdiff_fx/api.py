@@ -26,6 +26,7 @@ from qdiff_fx.calibration.driver import (
     fit_weights,
     layer_rows,
     observed_maxima,
+    observed_offsets,
     quantizer_rows,
     reset,
 )
@@ -60,6 +61,7 @@ from qdiff_fx.stages import (
     measure_quality,
     meet_target,
     observe_and_fit,
+    selection_rows,
 )
 
 logger = logging.getLogger(__name__)
@@ -164,19 +166,17 @@ def _calibrate(
 ) -> CalibrationReport:
     """The stages of calibrate(), one after the other."""
     started = time.monotonic()
-    config = prepared.qdiff_config
+    config, folder = prepared.qdiff_config, None if checkpoint_dir is None else Path(checkpoint_dir)
     data, held = hold_out(data, holdout, config.seed)
     folded = equalize_attentions(prepared, data, progress=progress)
-    folder = None if checkpoint_dir is None else Path(checkpoint_dir)
     observe_and_fit(prepared, data, batch_size, folder, progress)
-    maxima = observed_maxima(prepared.graph_module)
+    maxima, offsets = observed_maxima(prepared.graph_module), observed_offsets(prepared.graph_module)
     decisions = decide(prepared, data, progress=progress)
     blocks = learn_blocks(prepared, data, reconstruction, batch_size, folder, progress) if reconstruction else ()
     prepared.set_mode(QuantizerMode.QUANTIZE)
     raises = decisions.raises
     if config.target_sqnr is not None:
-        data, selection = hold_out(data, None, config.seed + 1)
-        raises += meet_target(prepared, data, selection, folder, progress)
+        raises += meet_target(prepared, data, selection_rows(data, config.seed + 1), folder, progress)
     quality = measure_quality(prepared, held, progress=progress)
     report = CalibrationReport(
         samples=len(data),
@@ -186,6 +186,7 @@ def _calibrate(
         seconds=time.monotonic() - started,
         quantizers=tuple(quantizer_rows(prepared.graph_module)),
         maxima=maxima,
+        offsets=offsets,
         layers=tuple(layer_rows(prepared.graph_module)),
         reconstruction=tuple(block.to_dict() for block in blocks),
         factors=tuple(asdict(choice) for choice in (*folded, *decisions.factors)),
@@ -264,7 +265,8 @@ def convert(
     """`prepared` with packed integer weights and integer operators, lowered to `backend`.
 
     A model that was observed but not calibrated (prepare, run your sampler, convert) gets its grids now, with channel
-    factors from the observed maxima (`config.equalize`); the log says that its quality was not measured.
+    factors from the observed maxima (`config.equalize`); the log says that its quality was not measured. Warns of
+    a bfloat16 carrier that loses a tensor, one whose channels lie around large constants.
 
     Args:
       backend: "auto", or a name in `qdiff_fx.kernels.BACKENDS`.
@@ -289,7 +291,8 @@ def convert(
     check_choices(strict=strict, autotune=autotune)
     select_backend(backend, prepared.device.type)  # before anything is consumed
     maxima = prepared.calibration.get("maxima") or observed_maxima(prepared.graph_module)
-    check_carrier(prepared.dtype if dtype is None else dtype, maxima)
+    offsets = prepared.calibration.get("offsets") or observed_offsets(prepared.graph_module)
+    check_carrier(prepared.dtype if dtype is None else dtype, maxima, offsets)
     fit_activations(prepared.graph_module)
     fit_weights(prepared.graph_module, progress=progress)
     if not prepared.calibrated:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,12 @@ def observed_maxima(graph_module: fx.GraphModule) -> dict[str, float]:
         for _, quantizer in activation_quantizers(graph_module)
         if quantizer.statistics.channel_maxima.numel()
     }
+
+
+def observed_offsets(graph_module: fx.GraphModule) -> dict[str, float]:
+    """`offset_ratio` of every tensor with positions that was observed, by the name of its quantizer."""
+    ratios = {quantizer.name: quantizer.statistics.offset_ratio for _, quantizer in activation_quantizers(graph_module)}
+    return {name: ratio for name, ratio in ratios.items() if math.isfinite(ratio)}
 
 
 def check_data(data: CalibrationSet, signature: CallSignature, model_config: dict[str, Any]) -> None:

@@ -20,6 +20,7 @@ class CalibrationReport:
       quantizers: a row an activation quantizer: name, bits, scale, zero_point, minimum, maximum, channel_maxima,
         by_timestep ([timestep, minimum, maximum] each).
       maxima: largest |x| of every tensor that was observed, by name; kept for inputs that went to the carrier type too.
+      offsets: the energy of those with positions over the variance of their channels, 1 without constants in them.
       layers: a row a layer: name, operator, weight_bits, activation_bits, reason.
       reconstruction: a row a block and phase: name, iterations, losses before and after, seconds; empty without.
       factors: a row a tensor whose channel factors were searched: layers, exponent (None: off), shifted, gain_db.
@@ -36,6 +37,7 @@ class CalibrationReport:
     quantizers: tuple[dict[str, Any], ...]
     layers: tuple[dict[str, Any], ...]
     maxima: dict[str, float] = field(default_factory=dict)
+    offsets: dict[str, float] = field(default_factory=dict)
     reconstruction: tuple[dict[str, Any], ...] = ()
     factors: tuple[dict[str, Any], ...] = ()
     raises: tuple[dict[str, Any], ...] = ()
@@ -51,6 +53,7 @@ class CalibrationReport:
             "fingerprint": self.fingerprint,
             "scheduler": self.scheduler,
             "maxima": self.maxima,
+            "offsets": self.offsets,
             "raises": list(self.raises),
             "quality": self.quality,
         }

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import median
 from typing import Any, Protocol
 
@@ -48,11 +48,27 @@ class SqnrResult:
       pooled_db: one ratio of all signal energy to all noise energy; the noisiest timesteps rule it.
       median_db: the median over timesteps of each timestep's own pooled ratio.
       by_timestep: that ratio by timestep, ascending; -1 stands for calls without a timestep.
+      row_energies: (signal, noise) of every row, by timestep.
     """
 
     pooled_db: float
     median_db: float
     by_timestep: Mapping[float, float]
+    row_energies: Mapping[float, Sequence[tuple[float, float]]] = field(default_factory=dict, repr=False, compare=False)
+
+    def median_error_db(self, draws: int = 200, seed: int = 0) -> float:
+        """Standard error of `median_db`, from `draws` bootstrap samples of each timestep's rows (Efron, 1979).
+
+        0 where every timestep has one row only, which tells nothing of the spread, and where outputs are equal.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        by_timestep = []
+        for rows in self.row_energies.values():
+            drawn = torch.randint(len(rows), (draws, len(rows)), generator=generator)
+            signal, noise = torch.tensor(rows, dtype=torch.float64)[drawn].sum(dim=1).unbind(dim=1)
+            by_timestep.append(10.0 * (signal / noise).log10())
+        spread = torch.stack(by_timestep).quantile(0.5, dim=0).std() if by_timestep else torch.zeros(())
+        return float(spread) if bool(spread.isfinite()) else 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,14 +89,13 @@ def output_sqnr(
 ) -> SqnrResult:
     """How far the outputs of `unet` are from those of `reference_unet` on held-out (x_t, t), both in eval mode.
 
-    Energies are summed in fp64, batch by batch: nothing but two sums a timestep is kept.
+    Energies are summed in fp64, batch by batch: nothing but two sums a row is kept.
 
     Raises:
       InputError: if there are no batches or the outputs differ in shape.
       NonFiniteError: if an output holds NaN or infinity; the message names the network and the timestep.
     """
-    signal: defaultdict[float, float] = defaultdict(float)
-    noise: defaultdict[float, float] = defaultdict(float)
+    rows: defaultdict[float, list[tuple[float, float]]] = defaultdict(list)
     with evaluating(reference_unet, unet):
         for batch in batches:
             timestep = -1.0 if batch.timestep is None else float(batch.timestep)
@@ -91,15 +106,17 @@ def output_sqnr(
                     f"outputs of shape {list(reference.shape)} and {list(output.shape)} at timestep {timestep:g}: "
                     "want two networks of the same output shape"
                 )
-            signal[timestep] += float(reference.square().sum())
-            noise[timestep] += float((reference - output).square().sum())
-    if not signal:
+            rows[timestep] += zip(_energies(reference), _energies(reference - output), strict=True)
+    if not rows:
         raise InputError("no held-out batches: want at least one; a generator can be read only once")
-    by_timestep = {timestep: _ratio_db(signal[timestep], noise[timestep]) for timestep in sorted(signal)}
+    totals = {timestep: [sum(energies) for energies in zip(*rows[timestep], strict=True)] for timestep in sorted(rows)}
+    by_timestep = {timestep: _ratio_db(signal, noise) for timestep, (signal, noise) in totals.items()}
+    signal, noise = (sum(energies) for energies in zip(*totals.values(), strict=True))
     return SqnrResult(
-        pooled_db=_ratio_db(sum(signal.values()), sum(noise.values())),
+        pooled_db=_ratio_db(signal, noise),
         median_db=median(by_timestep.values()),
         by_timestep=by_timestep,
+        row_energies={timestep: tuple(rows[timestep]) for timestep in totals},
     )
 
 
@@ -153,6 +170,12 @@ def _finite(output: Tensor, name: str, timestep: float) -> Tensor:
     if not bool(wide.isfinite().all()):
         raise NonFiniteError(f"the {name} network's output at timestep {timestep:g} holds NaN or infinity: want finite")
     return wide
+
+
+def _energies(values: Tensor) -> list[float]:
+    """Sum of squares of each row."""
+    energies: list[float] = values.square().reshape(len(values), -1).sum(dim=1).tolist()
+    return energies
 
 
 def _ratio_db(signal: float, noise: float) -> float:

@@ -49,6 +49,21 @@ def test_figures_and_learned_rounding_serve_every_target(unet: nn.Module, data: 
     assert low.quality["median_db"] <= high.quality["median_db"]
 
 
+def test_a_target_is_held_against_many_rows_and_less_their_error(unet: nn.Module, data: CalibrationSet) -> None:
+    assert len(stages.selection_rows(data, seed=1)) == len(data), "too few to choose from"
+    with patch.object(stages, "SELECTION_ROWS", 10):
+        some = stages.selection_rows(data, seed=1)
+        assert len(some) == 10
+        assert some.timesteps == data.timesteps
+        assert some.fingerprint == stages.selection_rows(data, seed=1).fingerprint
+    prepared, _ = _calibrate(unet, data, None)
+    uniform = stages.measure_quality(prepared, data)
+    assert uniform.median_error_db() > 0.0
+    just = uniform.median_db - 0.5 * uniform.median_error_db()
+    prepared.qdiff_config = prepared.qdiff_config.replace(target_sqnr=just)
+    assert stages.meet_target(prepared, data, data, None, False), "the median alone would have reached it"
+
+
 def test_an_unreachable_target_names_the_best_figure_and_leaves_nothing_to_convert(
     unet: nn.Module, data: CalibrationSet
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -14,7 +15,7 @@ from torch import nn
 import qdiff_fx
 from qdiff_fx.calibration import CalibrationSet, driver
 from qdiff_fx.calibration.driver import activation_quantizers, weight_quantizers
-from qdiff_fx.errors import CalibrationError, CheckpointError, ConfigError, ConversionError, InputError
+from qdiff_fx.errors import CalibrationError, CheckpointError, ConfigError, ConversionError, InputError, QDiffWarning
 from qdiff_fx.fake_quantize import QuantizerMode
 from subjects import PLAIN, Preparer, Sketch, calls_of, sketch_inputs, unconditional_unet
 
@@ -297,6 +298,31 @@ def test_an_fp16_carrier_is_refused_where_activations_are_too_large(
     with pytest.raises(ConversionError, match="want a carrier type"):
         qdiff_fx.convert(prepared, backend="reference", dtype=torch.int8)
     qdiff_fx.convert(prepared, backend="reference", dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("short_way", [False, True])
+def test_a_bfloat16_carrier_is_warned_of_where_channels_lie_around_large_constants(
+    preparer: Preparer, sketch: nn.Module, short_way: bool
+) -> None:
+    def prepared(constant: float) -> qdiff_fx.PreparedUNet:
+        changed = copy.deepcopy(sketch)
+        with torch.no_grad():
+            for name, parameter in changed.named_parameters():
+                if name.endswith("bias"):
+                    parameter += constant
+        result = qdiff_fx.prepare(changed, FAST, example_inputs=calls_of(sketch)[0][0])
+        if short_way:
+            for args, _ in calls_of(sketch):
+                result(*args)
+        else:
+            qdiff_fx.calibrate(result, calls_of(sketch), progress=False)
+        return result
+
+    model = prepared(1000.0)
+    qdiff_fx.convert(model, backend="reference", dtype=torch.float32)
+    with pytest.warns(QDiffWarning, match=r"around constants, .* leaves -?\d+ dB of it \(want 30\).*torch\.float32"):
+        qdiff_fx.convert(model, backend="reference", dtype=torch.bfloat16)
+    qdiff_fx.convert(prepared(0.0), backend="reference", dtype=torch.bfloat16)  # warnings are errors
 
 
 def test_the_plan_keeps_the_maximum_of_inputs_that_went_to_the_carrier_type(

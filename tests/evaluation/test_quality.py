@@ -38,6 +38,22 @@ def test_sqnr_pools_energies_and_takes_the_median_over_timesteps() -> None:
     assert result.pooled_db == pytest.approx(10 * math.log10(3 / (1 + 0.01 + 0.0001)), abs=1e-3)
 
 
+def test_the_error_of_the_median_falls_with_the_rows_and_with_their_likeness() -> None:
+    def error(rows: int, spread: float) -> float:
+        generator = torch.Generator().manual_seed(0)
+        batches = [
+            batch(timestep, float(torch.exp(spread * torch.randn((), generator=generator))), size=1)
+            for timestep in (0, 1, 2)
+            for _ in range(rows)
+        ]
+        return output_sqnr(reference, off_by(lambda _: 0.1), batches).median_error_db()
+
+    assert error(64, 0.5) < 0.7 * error(8, 0.5), "a third, but for what eight rows know of their own spread"
+    assert 0.0 < error(8, 0.05) < 0.3 * error(8, 0.5)
+    assert error(1, 0.5) < 1e-9, "one row tells nothing"
+    assert output_sqnr(reference, reference, [batch(0), batch(0)]).median_error_db() == 0.0
+
+
 def test_batches_of_one_timestep_count_by_their_energy() -> None:
     split = output_sqnr(reference, off_by(lambda _: 0.1), [batch(7, 1.0, size=3), batch(7, 2.0, size=1)])
     rows = torch.tensor([1.0, 1.0, 1.0, 2.0])

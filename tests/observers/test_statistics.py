@@ -1,5 +1,7 @@
 """Channel maxima and ranges by timestep."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -27,6 +29,28 @@ def test_ranges_and_channel_maxima_by_timestep_equal_a_loop_over_rows() -> None:
         assert torch.equal(statistics.timestep_channel_maxima[index], rows.abs().amax(dim=(0, 2, 3)))
         assert statistics.rows[index] == rows.shape[0]
     assert statistics.ranges() == expected
+
+
+def test_moments_of_many_batches_are_those_of_all_at_once() -> None:
+    statistics = ActivationStatistics(1)
+    constants = torch.tensor([0.0, 50.0, 1e4]).view(1, 3, 1, 1)
+    data = [images(rows, rows) * rows + constants for rows in (1, 4, 2)]
+    for x in data:
+        statistics.update(x)
+    everything = torch.cat(data).double()
+    variances, means = torch.var_mean(everything, dim=(0, 2, 3), correction=0)
+    torch.testing.assert_close(statistics.channel_means, means, rtol=1e-6, atol=1e-6)
+    # Squares of fp32 values around 1e4 are off by 2^-24 of the value: 1e-3 absolute in a deviation of 3.
+    torch.testing.assert_close(statistics.channel_variances, variances, rtol=1e-3, atol=0.0)
+    expected = float((means.square() + variances).sum() / variances.sum())
+    assert statistics.offset_ratio == pytest.approx(expected, rel=1e-3)
+
+
+def test_offsets_are_known_of_tensors_with_positions_that_vary() -> None:
+    for x in (torch.randn(4, 3), torch.ones(2, 3, 4, 4)):
+        statistics = ActivationStatistics(1)
+        statistics.update(x)
+        assert math.isnan(statistics.offset_ratio)
 
 
 @pytest.mark.parametrize("axis", [1, -1, 2])
