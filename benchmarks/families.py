@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,7 +28,6 @@ import torch
 from torch import nn
 
 import qdiff_fx
-from qdiff_fx.examples import example_call
 from qdiff_fx.graph.capture import CapturedGraph, capture
 from qdiff_fx.graph.edit import shared_copy
 from qdiff_fx.kernels.machine import describe_machine
@@ -38,8 +37,8 @@ from qdiff_fx.report.tables import file_size
 from qdiff_fx.safe_io import read_json, write_bytes, write_json
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "helpers"))
-from families import fill, residuals
-from real_families import CONFIGS
+from families import fill
+from real_families import CONFIGS, real_call
 
 LEVELS = (999.0, 500.0, 20.0)
 """Noise levels that are observed; the output is compared on others."""
@@ -91,6 +90,7 @@ FAMILIES: Mapping[str, tuple[int, str]] = {
     "sd-1.5": (32, "float32"),
     "sd-1.5-inpainting": (32, "float32"),
     "sd-1.5-with-controlnet-residuals": (32, "float32"),
+    "sd-1.5-with-ip-adapter": (32, "float32"),
     "controlnet-sd-1.5": (32, "float32"),
     "sd-2.1": (32, "float32"),
     "sdxl": (32, "bfloat16"),
@@ -109,6 +109,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("families", nargs="*", choices=[*FAMILIES, "memory", "memory-sd", []], metavar="FAMILY")
     parser.add_argument("--out", type=Path, help="JSON file; the table is written beside it")
+    parser.add_argument("--presets", nargs="+", choices=("w8a8", "w4a8"), default=("w8a8", "w4a8"))
+    parser.add_argument("--rows", type=int, default=6, help="calibration samples (default: %(default)s)")
     parser.add_argument("--again", action="store_true", help="measure again what the file holds already")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -116,7 +118,7 @@ def main() -> None:
         print(json.dumps(measure(Run(**json.loads(arguments.child)))))
         return
     results = read_json(arguments.out) if arguments.out.exists() else {}
-    for run in (run for name in arguments.families for run in runs_of(name)):
+    for run in (run for name in arguments.families for run in runs_of(name, arguments.presets, arguments.rows)):
         if run.key in results and not arguments.again:
             continue
         command = [sys.executable, __file__, "--child", json.dumps(asdict(run))]
@@ -130,13 +132,13 @@ def main() -> None:
         print(f"{run.key}: {results[run.key]['seconds']}", flush=True)
 
 
-def runs_of(name: str) -> Iterator[Run]:
+def runs_of(name: str, presets: Iterable[str], rows: int) -> Iterator[Run]:
     if name.startswith("memory"):
         yield from (run for run in MEMORY if name == "memory" or run.family == "sd-1.5")
         return
     side, dtype = FAMILIES[name]
-    for preset in ("w8a8", "w4a8"):
-        yield Run(family=name, preset=preset, side=side, dtype=dtype, equal=preset == "w8a8")
+    for preset in presets:
+        yield Run(family=name, preset=preset, side=side, rows=rows, dtype=dtype, equal=preset == "w8a8")
 
 
 def measure(run: Run) -> dict[str, Any]:
@@ -156,9 +158,7 @@ def _measure(run: Run, record: dict[str, Any], folder: Path) -> None:
     with stage(record, "build"):
         model = build(run.family, dtype)
     record["parameters"] = sum(item.numel() for item in model.parameters())
-    call = example_call(model)
-    if run.family.endswith("residuals"):
-        call = call[0], {**call[1], **residuals(model, call)}
+    call = real_call(run.family, model)
     calls = [fill(call, LEVELS[i % 3], i, batch=2, height=run.side, width=run.side) for i in range(-(-run.rows // 2))]
     held = [fill(call, level, 100 + i, batch=1, height=run.side, width=run.side) for i, level in enumerate((800, 300))]
     with torch.no_grad():
@@ -215,7 +215,7 @@ def _measure(run: Run, record: dict[str, Any], folder: Path) -> None:
 
 def build(family: str, dtype: torch.dtype) -> nn.Module:
     """The architecture with default initialisation, created in `dtype`; ControlNet's zero convolutions get values."""
-    kind, config, _, _ = CONFIGS[family.removesuffix("-with-controlnet-residuals")]
+    kind, config, _, _ = CONFIGS[family]
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -321,7 +321,7 @@ def table(results: Mapping[str, Any]) -> str:
 
 
 def _in_table(run: Run) -> bool:
-    return not run.default and run.side == FAMILIES[run.family][0] and run not in MEMORY
+    return not run.default and run.side == FAMILIES[run.family][0]
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from qdiff_fx.graph.outputs import OutputStructure
 from qdiff_fx.graph.signature import CallSignature
 from qdiff_fx.graph.skeleton import build_skeleton, output_class, readable
 from qdiff_fx.graph.tokens import set_device
-from qdiff_fx.kernels import BACKENDS, rival_backends, select_backend, usable_device
+from qdiff_fx.kernels import BACKENDS, device_of_map, rival_backends, select_backend, usable_device
 from qdiff_fx.kernels.machine import machine_signature
 from qdiff_fx.lowering import LoweringReport, check_choices, lower, offload
 from qdiff_fx.passes.base import PassResult
@@ -71,6 +71,7 @@ class GraphUNet(ModelMixin, ConfigMixin):
 
     config_name = "config.json"  # type: ignore[assignment]
     qdiff_stage = ""
+    _supports_group_offloading = False  # kernels read the tensors, not the modules that such hooks are put on
     original_class: str
     """Name of the class that the graph was captured from."""
 
@@ -103,6 +104,14 @@ class GraphUNet(ModelMixin, ConfigMixin):
                 pass
             raise
 
+    @classmethod
+    def from_config(cls, *_args: Any, **_kwargs: Any) -> Any:
+        """Refused: diffusers builds its models so to measure them."""
+        raise InputError(
+            f"a {cls.__name__} is a captured graph, which a config does not describe; load it with from_pretrained, "
+            f"and a pipeline that holds it with device_map='cuda' or none in the place of 'balanced'"
+        )
+
     def _skeleton(self) -> torch.nn.Module | None:
         """The original without weights, built at the first read; no submodule of this one."""
         if "original_class" not in self.__dict__:  # still in __init__
@@ -117,9 +126,17 @@ class GraphUNet(ModelMixin, ConfigMixin):
         raise NotImplementedError
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the original returns for the same call; `return_dict` both ways where the original takes it."""
+        """What the original returns for the same call; `return_dict` both ways where the original takes it.
+
+        A sample of another floating type than the carrier's is cast, and so is the result: the other parts of a
+        pipeline may have a type of their own.
+        """
         return_dict = kwargs.pop("return_dict", True) if self.returns_dict else False
-        result = self.output.unflatten(self.run(self.signature.flatten(args, kwargs)))
+        outputs = self.run(self.signature.flatten(args, kwargs))
+        given = self.signature.sample_dtype(args, kwargs)
+        if given is not None and given != self.dtype:
+            outputs = [item.to(given) if item.dtype == self.dtype else item for item in outputs]
+        result = self.output.unflatten(outputs)
         if not return_dict:
             return result
         if len(result) == 1:
@@ -147,7 +164,8 @@ class GraphUNet(ModelMixin, ConfigMixin):
         if dtype != self.dtype:
             raise InputError(
                 f"a {self.qdiff_stage} model stays in its carrier type {self.dtype} (scales would be rounded to "
-                f"{dtype}); {remedy} qdiff_fx.convert(prepared, dtype={dtype})"
+                f"{dtype}); {remedy} qdiff_fx.convert(prepared, dtype={dtype}); in a pipeline, cast the other parts "
+                f"alone: this one takes samples of their type and returns it"
             )
 
 
@@ -418,6 +436,7 @@ class QuantizedUNet(GraphUNet):
         *,
         backend: str = "auto",
         device: str | torch.device = "cpu",
+        device_map: Any = None,
         strict: bool = False,
         autotune: bool = False,
         subfolder: str | None = None,
@@ -426,7 +445,11 @@ class QuantizedUNet(GraphUNet):
         """The model that `save_pretrained` wrote.
 
         Args:
-          options: what pipelines hand to each of their parts (dtype, device_map, ...); a stored model has its own
-            carrier type and placement, so they have no effect.
+          device_map: a device or {"": device}, in the place of `device`; tensors go there one after the other.
+          options: what pipelines hand to each of their parts (dtype, variant, ...); a stored model has its own carrier
+            type and one set of files, so they have no effect.
+
+        Raises: InputError for a device_map of several parts, and what `qdiff_fx.load` raises.
         """
-        return cls.load(Path(directory, subfolder or ""), backend, device=device, strict=strict, autotune=autotune)
+        place = device if device_map is None else device_of_map(device_map)
+        return cls.load(Path(directory, subfolder or ""), backend, device=place, strict=strict, autotune=autotune)

@@ -21,14 +21,16 @@ from diffusers import (
     LDMPipeline,
     StableDiffusionControlNetPipeline,
     StableDiffusionInpaintPipeline,
+    StableDiffusionPipeline,
     UNet2DModel,
     VQModel,
 )
 
 import qdiff_fx
+from adapters import add_ip_adapter
 from families import SMALL
 from foreign.ddpm_style import DdpmUNet
-from pipelines import stable_diffusion, stable_diffusion_xl, stable_parts
+from pipelines import picture_encoder, stable_diffusion, stable_diffusion_xl, stable_parts
 from qdiff_fx.cli import main
 from subjects import PLAIN, unconditional_unet
 
@@ -103,6 +105,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     quick = {**PLAIN, "weight_observer": "minmax", "activation_observer": "minmax"}
     monkeypatch.setattr(DiffusionPipeline, "from_pretrained", stand_in(DiffusionPipeline.from_pretrained))
     monkeypatch.setattr(UNet2DModel, "from_pretrained", stand_in(UNet2DModel.from_pretrained))
+    monkeypatch.setattr(StableDiffusionPipeline, "load_ip_adapter", _load_ip_adapter)
     monkeypatch.setattr(qdiff_fx.QDiffConfig, "preset", lambda name, **changes: preset(name, **{**quick, **changes}))
     monkeypatch.setattr(qdiff_fx.CalibrationSet, "collect", lambda pipe, **options: collect(pipe, **options | FEW))
     monkeypatch.setattr("qdiff_fx.stages.GUARD_DB", -1e9)  # random weights
@@ -111,6 +114,11 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setitem(sys.modules, "my_project", project)
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+def _load_ip_adapter(pipe: Any, _name: str, **_options: Any) -> None:
+    add_ip_adapter(pipe.unet)
+    pipe.register_modules(**picture_encoder())
 
 
 def _sample(net: Any) -> torch.Tensor:
@@ -128,6 +136,7 @@ def _python(page: str) -> list[str]:
     return blocks
 
 
+@pytest.mark.filterwarnings("ignore:`torch_dtype` is deprecated:FutureWarning")  # the one name of all versions
 @pytest.mark.parametrize("page", PAGES)
 def test_the_python_of_a_page_runs_from_top_to_bottom(page: str, workplace: Path) -> None:
     namespace: dict[str, Any] = {}

@@ -21,6 +21,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(_REASON is not None, reason=s
 RESIDENT, PEAK = 0.27, 1.2
 """Anonymous memory after loading, as a share of the fp32 weights, and its peak as a multiple of that."""
 
+SHARD = 2**23
+"""Bytes of a file: the large network is spread over several."""
+
 _LOAD = """
 import gc, json, sys, threading, time
 import qdiff_fx
@@ -75,7 +78,8 @@ def stored(folder: Path, preset: str, widths: tuple[int, int]) -> int:
     prepared = qdiff_fx.prepare(network, qdiff_fx.QDiffConfig.preset(preset, **observers))
     with torch.no_grad():
         prepared(torch.randn(2, 3, 8, 8), torch.tensor([10.0, 900.0]))
-    qdiff_fx.save(qdiff_fx.convert(prepared, backend="reference", dtype=torch.bfloat16), folder)
+    quantized = qdiff_fx.convert(prepared, backend="reference", dtype=torch.bfloat16)
+    qdiff_fx.save(quantized, folder, max_shard_bytes=SHARD)
     return 4 * sum(parameter.numel() for parameter in network.parameters())
 
 
@@ -84,6 +88,7 @@ def stored(folder: Path, preset: str, widths: tuple[int, int]) -> int:
 def test_loading_holds_a_quarter_of_full_precision(tmp_path: Path, preset: str) -> None:
     stored(tmp_path / "small", preset, (32, 64))
     full_precision = stored(tmp_path / "large", preset, (256, 512))
+    assert len(list((tmp_path / "large").glob("model-*.safetensors"))) > 2
     command = [sys.executable, "-c", _LOAD, str(tmp_path / "small"), str(tmp_path / "large")]
     # What malloc frees goes back to the system at once, so that what is seen is what is held.
     environment = os.environ | {"PYTHONWARNINGS": "ignore", "MALLOC_TRIM_THRESHOLD_": "65536"}

@@ -239,7 +239,7 @@ def test_convert_makes_a_bfloat16_model_close_to_the_float32_one(preparer: Prepa
     bfloat16 = qdiff_fx.convert(prepared, backend="reference", dtype=torch.bfloat16)
     assert bfloat16.dtype == torch.bfloat16 and float32.dtype == torch.float32
     (x, t), _ = calls_of(sketch)[1]
-    seen = bfloat16(x, t)
+    seen = bfloat16(x.bfloat16(), t)
     assert seen.dtype == torch.bfloat16
     # bfloat16 keeps 8 bits: 2^-9 of relative rounding in each of some ten operators in a row is 35 to 45 dB.
     assert signal_to_noise(float32(x, t), seen) > 25

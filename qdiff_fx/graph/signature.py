@@ -76,6 +76,11 @@ class CallSignature:
             )
         return tuple(self._conform(item, found[item.name], sample) for item in self.inputs)
 
+    def sample_dtype(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.dtype | None:
+        """The floating type of the sample in this call; None if it is no argument of its own, or no tensor."""
+        given = bind_call(self.parameters, args, kwargs).get(self.sample)
+        return given.dtype if isinstance(given, Tensor) and given.is_floating_point() else None
+
     def _conform(self, item: GraphInput, value: Tensor, sample: Tensor) -> Tensor:
         if item.name == self.timestep:
             value = value.to(device=sample.device, dtype=item.dtype)

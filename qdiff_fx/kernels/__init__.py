@@ -1,10 +1,11 @@
 """Integer kernels: operator schemas, their reference, and the table of backends."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
-from qdiff_fx.errors import BackendError
+from qdiff_fx.errors import BackendError, InputError
 from qdiff_fx.kernels import ops as ops  # registers the qdiff:: operators
 from qdiff_fx.kernels.backend import Backend
 from qdiff_fx.kernels.cuda import CUDA
@@ -49,6 +50,20 @@ def rival_backends(device: str) -> tuple[str, ...]:
     fitting = [name for name in RIVALS if device in BACKENDS[name].devices]
     found = tuple(name for name in fitting if BACKENDS[name].unavailable(device) is None)
     return found if len(found) > 1 else ()
+
+
+def device_of_map(device_map: Any) -> torch.device:
+    """The one device of a `device_map` as pipelines hand it to their parts: a device, or {"": device}.
+
+    Raises: InputError for a map of several parts; BackendError if no tensor can be made there.
+    """
+    devices = list(device_map.values()) if isinstance(device_map, Mapping) else [device_map]
+    if len(dict.fromkeys(devices)) != 1:
+        raise InputError(
+            f"device_map={device_map!r}: a quantized network lies on one device, whose kernels it is lowered to; "
+            f"want a device such as 'cuda:0', or {{'': device}}"
+        )
+    return usable_device(devices[0])
 
 
 def usable_device(device: str | torch.device) -> torch.device:

@@ -12,9 +12,7 @@ from families import SMALL, FamilyRun, attentions, fill, shortcuts
 from qdiff_fx.errors import InputError
 from subjects import signal_to_noise
 
-FAMILIES = pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] if item.slow else []) for name, item in SMALL.items()]
-)
+FAMILIES = pytest.mark.parametrize("name", SMALL)
 Chain = Callable[[str], FamilyRun]
 
 
@@ -72,13 +70,16 @@ def test_another_set_of_inputs_than_at_prepare_names_the_remedy(chain: Chain) ->
     maps = kwargs["down_block_additional_residuals"]
     with pytest.raises(InputError, match="down_block_additional_residuals: want a tuple of 2"):
         controlled.quantized(*args, **{**kwargs, "down_block_additional_residuals": maps[:1]})
+    adapted = chain("ip-adapter")
+    with pytest.raises(InputError, match=r"added_cond_kwargs is not given, .* prepare the model again"):
+        adapted.quantized(*adapted.calls[0][0])
     picture = chain("controlnet").calls[0]
     with pytest.raises(InputError, match=r"conditioning_scale=0\.5, captured with the constant 1\.0"):
         chain("controlnet").quantized(*picture[0], **{**picture[1], "conditioning_scale": 0.5})
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SMALL)
+@FAMILIES
 def test_one_compilation_serves_batches_and_resolutions(name: str, chain: Chain) -> None:
     run = chain(name)
     quantized, graphs = qdiff_fx.load(run.folder, backend="reference"), list[torch.fx.GraphModule]()

@@ -7,10 +7,14 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 import qdiff_fx
-from families import FAST
+from families import FAST, SMALL
+from foreign.ddpm_style import DdpmUNet
+from foreign.guided_style import GuidedUNet
+from qdiff_fx.examples import example_call
 from qdiff_fx.graph.meta import ATTENTION, BLOCK, LAYER, SPLIT_ADD, SPLIT_PART
 
 Decisions = list[tuple[Any, ...]]
@@ -20,8 +24,8 @@ def _renamed(unet: nn.Module) -> nn.Module:
     """A copy whose every module has another name and a class of another name, with the same forward."""
     renamed = copy.deepcopy(unet)
     for index, module in enumerate(list(renamed.modules())):
-        if isinstance(module, (nn.ModuleList, nn.Sequential)):
-            continue  # their names are numbers
+        if isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.Sequential)):
+            continue  # their names are numbers and keys
         old = dict(module._modules)
         names = {name: f"part{index}_{position}" for position, name in enumerate(old)}
         module._modules.clear()
@@ -56,12 +60,30 @@ def _decisions(prepared: qdiff_fx.PreparedUNet) -> Decisions:
     return rows
 
 
-@pytest.mark.parametrize("name", [pytest.param("conditional", marks=pytest.mark.slow), "unconditional"])
-def test_renaming_every_module_and_class_changes_no_decision(name: str, request: pytest.FixtureRequest) -> None:
-    unet: nn.Module = request.getfixturevalue(name)
+@pytest.mark.parametrize(
+    "name", [name if name == "sd-2" else pytest.param(name, marks=pytest.mark.slow) for name in SMALL]
+)
+def test_renaming_every_module_and_class_changes_no_decision(name: str) -> None:
+    family = SMALL[name]
+    unet = family.build().eval()
+    args, kwargs = example_call(unet)
+    kwargs |= family.example(unet, (args, kwargs)) if family.example else {}
+    _same_decisions(unet, args, kwargs, shortcuts=bool(family.shortcuts))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [DdpmUNet, GuidedUNet])
+def test_renaming_a_network_without_diffusers_changes_no_decision(kind: type[nn.Module]) -> None:
+    net = kind().eval()
+    kwargs = {"y": torch.tensor([0, 1])} if kind is GuidedUNet else {}
+    _same_decisions(net, (torch.zeros(2, 3, 8, 8), torch.zeros(2)), kwargs, shortcuts=True)
+
+
+def _same_decisions(unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, shortcuts: bool) -> None:
     renamed = _renamed(unet)
     assert not {path for path, _ in unet.named_modules() if path} & {path for path, _ in renamed.named_modules()}
     assert not {type(item).__name__ for item in renamed.modules()} & {"Attention", "ResnetBlock2D", "Conv2d", "Linear"}
-    wanted, seen = (_decisions(qdiff_fx.prepare(item, FAST)) for item in (unet, renamed))
-    assert any(row[4] for row in seen) and any(row[3] for row in seen) and any(row[2] for row in seen)
+    call: dict[str, Any] = {"example_inputs": args, "example_kwargs": kwargs}
+    wanted, seen = (_decisions(qdiff_fx.prepare(item, FAST, **call)) for item in (unet, renamed))
+    assert any(row[4] for row in seen) == shortcuts and any(row[3] for row in seen) and any(row[2] for row in seen)
     assert seen == wanted

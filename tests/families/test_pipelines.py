@@ -29,7 +29,7 @@ from PIL import Image
 
 import qdiff_fx
 from families import FamilyRun
-from pipelines import stable_parts, text_encoder
+from pipelines import picture_encoder, stable_parts, text_encoder
 
 Chain = Callable[[str], FamilyRun]
 
@@ -106,11 +106,10 @@ def test_image_to_image(chain: Chain, parts: dict[str, Any]) -> None:
     _close(pipe, _loaded(chain, "sd-1"), PROMPT, image=picture, strength=0.9)
 
 
-@pytest.mark.slow
 def test_inpainting_with_nine_channels(chain: Chain, parts: dict[str, Any]) -> None:
-    pipe = StableDiffusionInpaintPipeline(unet=chain("sd-2-inpainting").model, **parts)
+    pipe = StableDiffusionInpaintPipeline(unet=chain("inpainting").model, **parts)
     picture, mask = Image.new("RGB", (64, 64), (200, 30, 90)), Image.new("L", (64, 64), 255)
-    quantized = _loaded(chain, "sd-2-inpainting")
+    quantized = _loaded(chain, "inpainting")
     _close(pipe, quantized, PROMPT, image=picture, mask_image=mask, height=64, width=64)
 
 
@@ -128,7 +127,6 @@ def test_stable_diffusion_xl(chain: Chain, parts: dict[str, Any]) -> None:
     _close(pipe, _loaded(chain, "sdxl"), PROMPT, height=64, width=64)
 
 
-@pytest.mark.slow
 def test_a_unet_takes_what_a_controlnet_hands_it(chain: Chain, parts: dict[str, Any]) -> None:
     """The ControlNet stays the original: this pipeline asks for an instance of its class."""
     pipe = StableDiffusionControlNetPipeline(
@@ -136,6 +134,14 @@ def test_a_unet_takes_what_a_controlnet_hands_it(chain: Chain, parts: dict[str, 
     )
     picture = Image.new("RGB", (64, 64), (200, 30, 90))
     _close(pipe, _loaded(chain, "controlled"), PROMPT, image=picture)
+
+
+def test_an_ip_adapter_reads_a_picture(chain: Chain, parts: dict[str, Any]) -> None:
+    pipe: Any = StableDiffusionPipeline(unet=chain("ip-adapter").model, **parts | picture_encoder())
+    embeds = pipe.prepare_ip_adapter_image_embeds(Image.new("RGB", (64, 64), (200, 30, 90)), None, "cpu", 1, True)
+    seen = _close(pipe, _loaded(chain, "ip-adapter"), PROMPT, ip_adapter_image_embeds=embeds, guidance_scale=5.0)
+    other = _images(pipe, PROMPT, ip_adapter_image_embeds=[-embeds[0]], guidance_scale=5.0)
+    assert np.abs(seen - other).max() > 1e-4
 
 
 def test_a_pipeline_folder_with_our_unet_loads_by_itself(chain: Chain, parts: dict[str, Any], tmp_path: Path) -> None:

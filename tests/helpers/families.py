@@ -13,6 +13,7 @@ from diffusers import ControlNetModel, UNet2DConditionModel, UNet2DModel
 from torch import Tensor, nn
 
 import qdiff_fx
+from adapters import picture, with_fused_lora, with_ip_adapter
 from qdiff_fx.examples import example_call
 from qdiff_fx.graph.capture import CapturedGraph, capture
 from qdiff_fx.graph.edit import shared_copy
@@ -33,7 +34,6 @@ class Family:
       build: the model with random weights.
       shortcuts: channels of the operands of every cat that is split, in execution order.
       attentions: scaled dot products.
-      slow: left to the slow tests.
       example: extra keyword inputs of a call, from the model and its example call; None if it has none.
     """
 
@@ -41,7 +41,6 @@ class Family:
     shortcuts: tuple[tuple[int, ...], ...]
     attentions: int
     example: Callable[[nn.Module, Call], dict[str, Any]] | None = None
-    slow: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,6 +152,14 @@ _ONE_LEVEL: dict[str, Any] = {
     "down_block_types": ("CrossAttnDownBlock2D",),
     "up_block_types": ("CrossAttnUpBlock2D",),
 }
+_ONE_LATENT_LEVEL: dict[str, Any] = {
+    "block_out_channels": (8,),
+    "down_block_types": ("AttnDownBlock2D",),
+    "up_block_types": ("AttnUpBlock2D",),
+    "in_channels": 4,
+    "out_channels": 4,
+    "attention_head_dim": 4,
+}
 _DDPM_TYPES: dict[str, Any] = {
     "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
     "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
@@ -167,6 +174,7 @@ _DDPM_STYLE: dict[str, Any] = {
     "attention_head_dim": None,
 }
 _FOUR = ((16, 16), (16, 8), (16, 8), (8, 8))
+_TWO = ((8, 8), (8, 8))
 
 
 def residuals(model: nn.Module, call: Call) -> dict[str, Any]:
@@ -180,7 +188,7 @@ def residuals(model: nn.Module, call: Call) -> dict[str, Any]:
         if level < len(widths) - 1:
             side //= 2
             shapes.append((width, side))
-    maps = tuple(torch.zeros(len(sample), width, side, side, dtype=sample.dtype) for width, side in shapes)
+    maps = tuple(sample.new_zeros(len(sample), width, side, side) for width, side in shapes)
     return {"down_block_additional_residuals": maps, "mid_block_additional_residual": torch.zeros_like(maps[-1])}
 
 
@@ -201,32 +209,42 @@ SMALL: dict[str, Family] = {
         shortcuts=_FOUR,
         attentions=4,
     ),
-    "latent-diffusion": Family(
-        build=lambda: UNet2DModel(
-            **_TINY | _DDPM_TYPES | {"in_channels": 4, "out_channels": 4, "attention_head_dim": 4}
-        ),
-        shortcuts=_FOUR,
-        attentions=4,
-        slow=True,
-    ),
-    "class-conditional": Family(
+    "latent-diffusion": Family(build=lambda: UNet2DModel(**_TINY | _ONE_LATENT_LEVEL), shortcuts=_TWO, attentions=4),
+    "latent-diffusion-church": Family(
         build=lambda: UNet2DModel(
             **_TINY
             | _DDPM_TYPES
-            | {"num_class_embeds": 3, "mid_block_type": None, "resnet_time_scale_shift": "scale_shift"}
+            | {
+                "in_channels": 4,
+                "out_channels": 4,
+                "attention_head_dim": 4,
+                "resnet_time_scale_shift": "scale_shift",
+                "downsample_type": "resnet",
+                "upsample_type": "resnet",
+            }
         ),
         shortcuts=_FOUR,
-        attentions=3,
-        slow=True,
+        attentions=4,
+    ),
+    "class-conditional": Family(
+        build=lambda: UNet2DModel(
+            **_TINY | _ONE_LATENT_LEVEL | {"num_class_embeds": 3, "resnet_time_scale_shift": "scale_shift"}
+        ),
+        shortcuts=_TWO,
+        attentions=4,
     ),
     "sd-1": Family(build=lambda: UNet2DConditionModel(**_TINY_CROSS), shortcuts=_FOUR, attentions=8),
-    "sd-2-inpainting": Family(
+    "sd-2": Family(
         build=lambda: UNet2DConditionModel(
-            **_TINY_CROSS | {"in_channels": 9, "use_linear_projection": True, "mid_block_type": None}
+            **_TINY_CROSS | _ONE_LEVEL | {"use_linear_projection": True, "attention_head_dim": (4,)}
         ),
-        shortcuts=_FOUR,
-        attentions=6,
-        slow=True,
+        shortcuts=_TWO,
+        attentions=8,
+    ),
+    "inpainting": Family(
+        build=lambda: UNet2DConditionModel(**_TINY_CROSS | _ONE_LEVEL | {"in_channels": 9}),
+        shortcuts=_TWO,
+        attentions=8,
     ),
     "sdxl": Family(
         build=lambda: UNet2DConditionModel(
@@ -249,9 +267,16 @@ SMALL: dict[str, Family] = {
     ),
     "controlled": Family(
         build=lambda: UNet2DConditionModel(**_TINY_CROSS | _ONE_LEVEL),
-        shortcuts=((8, 8), (8, 8)),
+        shortcuts=_TWO,
         attentions=8,
         example=residuals,
     ),
+    "ip-adapter": Family(
+        build=lambda: with_ip_adapter(**_TINY_CROSS | _ONE_LEVEL),
+        shortcuts=_TWO,
+        attentions=12,  # the picture's, beside each of four cross-attentions
+        example=picture,
+    ),
+    "lora": Family(build=lambda: with_fused_lora(**_TINY_CROSS | _ONE_LEVEL), shortcuts=_TWO, attentions=8),
     "controlnet": Family(build=lambda: controlnet(**_TINY_CROSS | _ONE_LEVEL), shortcuts=(), attentions=4),
 }

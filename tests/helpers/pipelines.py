@@ -17,6 +17,8 @@ from diffusers import (
 )
 from torch import nn
 
+from adapters import PICTURE
+
 CONTEXT = 8
 _UNET: dict[str, Any] = {
     "sample_size": 8,
@@ -115,3 +117,21 @@ def text_encoder(*, projected: bool = False) -> nn.Module:
     kind = transformers.CLIPTextModelWithProjection if projected else transformers.CLIPTextModel
     encoder: nn.Module = kind(config).eval()
     return encoder
+
+
+def picture_encoder() -> dict[str, Any]:
+    """What embeds the picture that an IP-Adapter is handed."""
+    torch.manual_seed(0)
+    config = transformers.CLIPVisionConfig(
+        hidden_size=8,
+        intermediate_size=8,
+        projection_dim=PICTURE,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=8,
+        patch_size=4,
+    )
+    return {
+        "image_encoder": transformers.CLIPVisionModelWithProjection(config).eval(),
+        "feature_extractor": transformers.CLIPImageProcessor(size={"shortest_edge": 8}, crop_size=8),
+    }

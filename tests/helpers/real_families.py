@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from diffusers import ControlNetModel, UNet2DConditionModel, UNet2DModel
+from torch import nn
+
+from adapters import picture, with_ip_adapter
+from families import Call, residuals
+from qdiff_fx.examples import example_call
 
 _DDPM: dict[str, Any] = {
     "downsample_padding": 0,
@@ -28,7 +34,7 @@ _STABLE_2: dict[str, Any] = {
     "use_linear_projection": True,
 }
 
-CONFIGS: dict[str, tuple[type, dict[str, Any], float, int]] = {
+CONFIGS: dict[str, tuple[Callable[..., nn.Module], dict[str, Any], float, int]] = {
     "ddpm-cifar10": (
         UNet2DModel,
         _DDPM
@@ -97,6 +103,8 @@ CONFIGS: dict[str, tuple[type, dict[str, Any], float, int]] = {
     "controlnet-sd-1.5": (ControlNetModel, {"cross_attention_dim": 768, "attention_head_dim": 8}, 361.3, 14),
     "sd-1.5": (UNet2DConditionModel, _STABLE, 859.5, 32),
     "sd-1.5-inpainting": (UNet2DConditionModel, _STABLE | {"in_channels": 9}, 859.5, 32),
+    "sd-1.5-with-controlnet-residuals": (UNet2DConditionModel, _STABLE, 859.5, 32),
+    "sd-1.5-with-ip-adapter": (with_ip_adapter, _STABLE, 881.8, 48),
     "sd-2.1": (UNet2DConditionModel, _STABLE_2, 865.9, 32),
     "sdxl": (
         UNet2DConditionModel,
@@ -117,3 +125,16 @@ CONFIGS: dict[str, tuple[type, dict[str, Any], float, int]] = {
         140,
     ),
 }
+
+EXTRA: Mapping[str, Callable[[nn.Module, Call], dict[str, Any]]] = {
+    "sd-1.5-with-controlnet-residuals": residuals,
+    "sd-1.5-with-ip-adapter": picture,
+}
+"""Inputs that a family takes beside those of its config."""
+
+
+def real_call(name: str, model: nn.Module) -> Call:
+    """An example call of the family's model."""
+    args, kwargs = example_call(model)
+    extra = EXTRA[name](model, (args, kwargs)) if name in EXTRA else {}
+    return args, kwargs | extra
