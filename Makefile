@@ -16,6 +16,8 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 WORKERS ?= auto
 RESULTS ?= runs/results
+ONE_CORE := "method/full precision/*" "method/linear*"
+OTHER_CORE := "method/ours W*A8/*" "method/[!fl]*" "growth/*" "calibration/*" "guidance/*"
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
@@ -25,11 +27,15 @@ INSTALLED := .venv/.installed
 demo: $(INSTALLED)
 	$(BIN)/qdiff-fx demo --out demo
 
-# One core each: the cells of two commands never meet. The peers' table has whatever tools .venv can import.
+# One core each: the cells of two commands never meet, and the first makes the calibration set that all share. The
+# peers' table has whatever tools .venv can import.
 results: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/quality.py --work $(RESULTS)/quality --cells "*/RTN MSE" "*/split"
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/peers_table.py --work $(RESULTS)/peers --frechet 250 & peers=$$!; \
-	  OMP_NUM_THREADS=1 $(BIN)/python benchmarks/results.py --work $(RESULTS)/studies && wait $$peers
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/results.py --work $(RESULTS)/studies --cells activations shortcuts
+	(OMP_NUM_THREADS=1 $(BIN)/python benchmarks/results.py --work $(RESULTS)/studies --cells $(ONE_CORE) && \
+	  OMP_NUM_THREADS=1 $(BIN)/python benchmarks/peers_table.py --work $(RESULTS)/peers --frechet 250) & other=$$!; \
+	  OMP_NUM_THREADS=1 $(BIN)/python benchmarks/results.py --work $(RESULTS)/studies --cells $(OTHER_CORE) && \
+	  wait $$other && $(BIN)/python benchmarks/results.py --work $(RESULTS)/studies
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses $(WORKERS) --maxprocesses 8 --dist loadfile

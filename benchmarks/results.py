@@ -14,10 +14,11 @@ from __future__ import annotations
 import argparse
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -39,9 +40,11 @@ from qdiff_fx.evaluation.study import Yardstick
 from qdiff_fx.safe_io import read_json, write_json
 from results_arms import ARMS, facts, make
 from results_page import write_page
+from results_reckoning import Sampling
 from results_studies import STUDIES
 
-STEPS, CHUNK = 20, 250
+STEPS, CHUNK, BATCH = 20, 250, 50
+"""Chunks of samples stay on the disk; networks are called with batches, always of as many rows: compiled once."""
 MAIN_ARMS, MAIN_SEEDS, MAIN_SAMPLES = ("full precision", "linear RTN W4A8", "ours W8A8", "ours W4A8"), (1, 2, 3), 5000
 OTHER_SEED, OTHER_SAMPLES, GUIDED_SAMPLES = 1, 2000, 500
 MODELS = {"fashion-uncond": 1.0, "fashion-cond": 3.0}
@@ -69,6 +72,22 @@ def cells() -> dict[str, Callable[[Bench], dict[str, Any]]]:
     return found
 
 
+def sampling(names: Iterable[str]) -> dict[str, Sampling | None]:
+    """What a full run draws for each cell; None where it draws nothing by the thousand."""
+    found: dict[str, Sampling | None] = {}
+    for name in names:
+        kind, _, rest = name.partition("/")
+        found[name] = None
+        if kind == "method":
+            arm = rest.partition("/")[0]
+            count = MAIN_SAMPLES if arm in MAIN_ARMS else OTHER_SAMPLES
+            found[name] = Sampling(arm=arm, samples=count, steps=STEPS)
+        elif kind == "guidance":
+            arm = rest.partition("/")[2]
+            found[name] = Sampling(arm=f"guided {arm}", samples=GUIDED_SAMPLES, steps=STEPS)
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder of data, models, samples and finished cells")
@@ -82,8 +101,8 @@ def main() -> None:
     bench = Bench(arguments.work, share=arguments.share, compiled=not arguments.eager)
     for name in dict.fromkeys(name for pattern in arguments.cells for name in known if fnmatchcase(name, pattern)):
         bench.run(name, known[name])
-        write_page(arguments.docs, bench.rows(known), list(known))
-    write_page(arguments.docs, bench.rows(known), list(known))
+        write_page(arguments.docs, bench.rows(known), sampling(known))
+    write_page(arguments.docs, bench.rows(known), sampling(known))
 
 
 class Bench:
@@ -114,10 +133,11 @@ class Bench:
         """Measure a cell that is not there, or that has fewer samples than are asked for now."""
         if self.path(name).is_file() and read_json(self.path(name)).get("share", 1.0) >= self.share:
             return
-        started = time.monotonic()
+        started, cpu = time.monotonic(), time.process_time()
         row = measure(self)
         seed = int(row.pop("seed", 0))
         row |= {"cell": name, "seconds": time.monotonic() - started, "share": self.share} | origin(seed)
+        row["cpu_seconds"] = time.process_time() - cpu
         write_json(self.path(name), row)
         print(f"{name}: {row['seconds']:.0f} s", flush=True)
 
@@ -138,13 +158,23 @@ class Bench:
             progress=False,
         )
 
-    def samples(self, model: str, arm: str, count: int, seed: int, *, guidance: float = 1.0) -> torch.Tensor:
-        """Pictures [count, 1, 28, 28] in [-1, 1], DDIM-20; what was drawn before is taken from the disk."""
+    def samples(
+        self, model: str, arm: str, count: int, seed: int, *, guidance: float = 1.0
+    ) -> tuple[torch.Tensor, dict[str, float]]:
+        """Pictures [count, 1, 28, 28] in [-1, 1], DDIM-20, and what they cost; earlier ones are taken from the disk.
+
+        The cost: CPU milliseconds a sample and step where they are known, and the CPU seconds of this call's sampling.
+        """
         source = self.source(model)
+        seconds: list[float] = []
 
         def sample(noise: torch.Tensor) -> torch.Tensor:
-            sampler = source.sampler(noise, steps=STEPS, guidance_scale=guidance)
-            return sampler(self.network(model, arm)).images
+            network, parts = self.network(model, arm), []
+            for rows in noise.split(BATCH):
+                started = time.process_time()
+                parts.append(source.sampler(rows, steps=STEPS, guidance_scale=guidance)(network).images)
+                seconds.append(time.process_time() - started)
+            return torch.cat(parts)
 
         name = slug(f"{model}-{arm}-{guidance:g}-seed-{seed}")
         images = sample_in_chunks(
@@ -157,7 +187,11 @@ class Bench:
             identity=name,
             description=name,
         )
-        return from_bytes(images)
+        costs = self.work / "costs" / f"{name}.json"
+        if len(seconds) > 1:  # the first batch compiles
+            write_json(costs, {"cpu_ms": 1e3 * median(seconds[1:]) / BATCH / STEPS})
+        cost = read_json(costs) if costs.is_file() else {}
+        return from_bytes(images), cost | {"cpu_seconds": sum(seconds[1:])}
 
     def distribution(self, images: torch.Tensor) -> dict[str, Any]:
         """Distances by number of samples, and the score of all of them."""
@@ -182,7 +216,7 @@ class Bench:
     def _network(self, model: str, arm: str) -> Callable[..., Any]:
         if ARMS[arm].preset is None:
             unet = self.source(model).unet
-            return torch.compile(unet) if self.compiled else unet
+            return torch.compile(unet, dynamic=False) if self.compiled else unet
         quantized = self.integer_model(model, arm)
         return quantized.compile() if self.compiled else quantized
 
@@ -196,8 +230,8 @@ class Bench:
 def _method(arm: str, seed: int, count: int) -> Callable[[Bench], dict[str, Any]]:
     def measure(bench: Bench) -> dict[str, Any]:
         model = "fashion-uncond"
-        images = bench.samples(model, arm, bench.scaled(count), seed)
-        row = {"arm": arm, "seed": seed, "steps": STEPS} | bench.distribution(images)
+        images, cost = bench.samples(model, arm, bench.scaled(count), seed)
+        row = {"arm": arm, "seed": seed, "steps": STEPS, "sampling": cost} | bench.distribution(images)
         if seed == MAIN_SEEDS[0]:
             source: Source = bench.source(model)
             row["facts"] = facts(arm, source, bench.work)
@@ -213,9 +247,10 @@ def _guided(arm: str, scale: float) -> Callable[[Bench], dict[str, Any]]:
         from qdiff_fx.evaluation import asked_class_share
 
         model, seed = "fashion-cond", OTHER_SEED
-        images = bench.samples(model, arm, bench.scaled(GUIDED_SAMPLES), seed, guidance=scale)
+        images, cost = bench.samples(model, arm, bench.scaled(GUIDED_SAMPLES), seed, guidance=scale)
         classes = torch.arange(len(images)) % CHUNK % 10  # every chunk begins with class 0
-        row = {"arm": arm, "guidance": scale, "seed": seed, "steps": STEPS} | bench.distribution(images)
+        row = {"arm": arm, "guidance": scale, "seed": seed, "steps": STEPS, "sampling": cost}
+        row |= bench.distribution(images)
         row["asked_class_share"] = asked_class_share(images, classes)
         if ARMS[arm].preset is not None:
             row |= _yardsticks(bench.yardstick(model, scale), bench.integer_model(model, arm))

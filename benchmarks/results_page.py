@@ -12,6 +12,7 @@ from qdiff_fx.report import plots
 from qdiff_fx.report.tables import decibels, markdown_table, percent
 from qdiff_fx.safe_io import read_json, write_bytes, write_json
 from results_arms import ARMS
+from results_reckoning import Sampling, reckoning
 
 Rows = Mapping[str, Mapping[str, Any]]
 
@@ -30,13 +31,13 @@ CHECKPOINTS = (10, 25, 50, 75, 90, 100)
 PLOTS = {"growth": "studies-growth.png", "activations": "studies-activations.png", "shortcuts": "studies-shortcuts.png"}
 
 
-def write_page(docs: Path, rows: Rows, names: Sequence[str]) -> None:
+def write_page(docs: Path, rows: Rows, plan: Mapping[str, Sampling | None]) -> None:
     """Write page, JSON and plots.
 
     Args:
       docs: the folder of the page.
       rows: finished cells.
-      names: all cells, in order.
+      plan: all cells, in order, with the samples that a full run draws for them.
     """
     if not rows:
         return
@@ -50,7 +51,8 @@ def write_page(docs: Path, rows: Rows, names: Sequence[str]) -> None:
         _activations(docs, rows.get("activations")),
         _shortcuts(docs, rows.get("shortcuts")),
         _guidance(_of(rows, "guidance/")),
-        _missing([name for name in names if name not in rows]),
+        reckoning(rows, plan),
+        _missing([name for name in plan if name not in rows]),
     ]
     write_bytes(docs / "results-studies.md", ("\n\n".join(filter(None, sections)) + "\n").encode())
 

@@ -34,7 +34,7 @@ def method(arm: str, seed: int, distance: float) -> dict[str, Any]:
 
 def page(tmp_path: Path, rows: list[dict[str, Any]]) -> str:
     cells = {row["cell"]: row for row in rows}
-    results_page.write_page(tmp_path, cells, [*cells, "shortcuts"])
+    results_page.write_page(tmp_path, cells, results.sampling([*cells, "shortcuts"]))
     return (tmp_path / "results-studies.md").read_text()
 
 
@@ -90,6 +90,15 @@ def test_growth_is_drawn_and_judged(tmp_path: Path) -> None:
     text = page(tmp_path, rows)
     assert "The effect shows: the error grows over the second half, fewer bits end worse." in text
     assert (tmp_path / "images" / results_page.PLOTS["growth"]).stat().st_size > 1000
+
+
+def test_a_full_run_is_reckoned_from_what_the_cells_cost(tmp_path: Path) -> None:
+    row = method("full precision", 1, 10.0) | {"sampling": {"cpu_ms": 9.0, "cpu_seconds": 100.0}, "cpu_seconds": 460.0}
+    text = page(tmp_path, [row, method("ours W8A8", 1, 10.0)])
+    assert "| full precision | 100,000 | 9.00 | 0.25 |" in text
+    assert "| ours W8A8 | 100,000 | (9.00) | 0.25 |" in text
+    assert "Sampling 0.50 h; making, compiling and measuring networks 0.10 h in the 1 of 3 cells that say so" in text
+    assert "together 0.60 h, 0.30 h on 2 cores" in text
 
 
 def test_every_cell_has_a_file_of_its_own(tmp_path: Path) -> None:
