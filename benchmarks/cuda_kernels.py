@@ -77,11 +77,10 @@ def _compiled(capabilities: Sequence[Capability]) -> Iterator[dict[str, Any]]:
             for tile in TILES[capability][variant.packed]:
                 yield _row(variant.name, str(tile), capability, compile_layer(variant, tile, capability))
         for head in HEADS:
-            tile = next(tile for size, tile in ATTENTION_TILES.items() if head <= size)
-            label = f"{tile[0]}x{tile[1]}, {tile[2]} warps, {tile[3]} stages"
-            for masked in (False, True):
-                name = f"attention, head {head}{', mask' if masked else ''}"
-                yield _row(name, label, capability, compile_attention(head, tile, capability, masked=masked))
+            for tile in next(tiles for size, tiles in ATTENTION_TILES.items() if head <= size):
+                for masked in (False, True):
+                    name = f"attention, head {head}{', mask' if masked else ''}"
+                    yield _row(name, str(tile), capability, compile_attention(head, tile, capability, masked=masked))
 
 
 def _row(name: str, tile: str, capability: Capability, compiled: Compiled) -> dict[str, Any]:

@@ -26,7 +26,8 @@ class PassContext:
       noise_level: shared with every quantizer, so that ranges are kept by timestep.
       strict: keep what the plan says in every node, simulated where there is no kernel.
       separate: let every layer's result be seen in the graph, as no kernel that goes on with it does.
-      carrier_layers: nodes of integer layers that are better off in the carrier type, and why.
+      carrier_layers: nodes of integer layers and attentions that were timed faster in the carrier type, and why.
+      kernels: the fastest integer kernel, by the backend's name for it, of nodes that have several.
     """
 
     config: QDiffConfig
@@ -35,6 +36,7 @@ class PassContext:
     strict: bool = False
     separate: bool = False
     carrier_layers: Mapping[str, str] = field(default_factory=dict)
+    kernels: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -273,9 +273,10 @@ def convert(
       strict: compute what the plan says everywhere: attention keeps its quantizers, simulated where the backend has
         no integer kernel for it; a layer that would run in floating point instead of integers is refused.
       autotune: time every layer on integers and in the carrier type, for the sizes of the example call, and take the
-        faster (x86 only; other backends have nothing to choose); `save` keeps the times, by machine. With
-        backend="auto" on a CPU, also time a step on x86 and on openvino, where both are installed, and take the faster
-        one. Off, one model runs on the same kernels everywhere.
+        faster (x86, and cuda, where block shapes and attention are timed too; other backends have nothing to choose);
+        `save` keeps the times, by machine. With backend="auto" on a CPU, also time a step on x86 and on openvino, where
+        both are installed, and take the faster one. Off, x86 runs every integer layer on integers, and cuda chooses by
+        its performance model.
       dtype: the carrier type; None keeps the model's own.
       release: consume `prepared`: its floating weights are freed as they are packed, it cannot be used again.
       progress: show progress bars; None does so on a terminal.

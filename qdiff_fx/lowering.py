@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from qdiff_fx.autotune import Timings, choose_carrier_layers
+from qdiff_fx.autotune import TUNERS, Timings, choose
 from qdiff_fx.calibration.progress import named_steps
 from qdiff_fx.config import QDiffConfig
 from qdiff_fx.errors import InputError
@@ -27,7 +27,7 @@ from qdiff_fx.graph.meta import (
     StoredWeight,
 )
 from qdiff_fx.graph.signature import CallSignature
-from qdiff_fx.passes.base import PassContext, run_passes
+from qdiff_fx.passes.base import GraphPass, PassContext, run_passes
 from qdiff_fx.passes.lower import LOWER
 from qdiff_fx.passes.lower.x86_siblings import ShareQuantizeSteps
 
@@ -35,8 +35,8 @@ aten = torch.ops.aten
 qdiff = torch.ops.qdiff
 
 _LAYERS = (qdiff.conv2d.default, qdiff.linear.default, *LAYER_OPERATORS)
-AUTOTUNED = ("x86",)
-"""Backends that choose between two kernels a layer by timing."""
+_BEFORE_TIMING: Mapping[str, tuple[GraphPass, ...]] = {"x86": (ShareQuantizeSteps(),)}
+"""Passes that a backend's timed layers stand behind."""
 
 _ATTENTIONS = (
     qdiff.attention.default,
@@ -142,8 +142,8 @@ def lower(
 
     Args:
       strict, separate: see `PassContext`.
-      timings: choose between integers and the carrier type by these, taking those that are missing; None runs every
-        integer layer on integers.
+      timings: choose between kernels, and between integers and the carrier type, by these, taking those that are
+        missing; None times nothing: x86 runs every integer layer on integers, cuda goes by its performance model.
       progress: show a bar; None does so on a terminal.
     """
     lowered = shared_copy(plan)
@@ -151,9 +151,10 @@ def lower(
     for node in reported:
         STORED.set(node, _stored(lowered, node))
     context = PassContext(config=QDiffConfig(), signature=signature, strict=strict, separate=separate)
-    if timings is not None and backend in AUTOTUNED:
-        run_passes((ShareQuantizeSteps(),), lowered, context)
-        context.carrier_layers, timings = choose_carrier_layers(lowered, timings, progress=progress)
+    if timings is not None and backend in TUNERS:
+        run_passes(_BEFORE_TIMING.get(backend, ()), lowered, context)
+        choices = choose(TUNERS[backend](lowered), timings, progress=progress)
+        context.carrier_layers, context.kernels, timings = choices.carrier, choices.kernels, choices.timings
     with named_steps(f"lower to {backend}", total=len(LOWER[backend]), progress=progress) as begin:
         run_passes(LOWER[backend], lowered, context, begin)
     return lowered, LoweringReport(

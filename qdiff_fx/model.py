@@ -270,7 +270,7 @@ class QuantizedUNet(GraphUNet):
         """Lower the plan; `kept` is the report of what this is a copy of, whose backend is not chosen anew."""
         names = self._candidates(kept)
         self.plan.to(self.device)
-        machine = machine_signature() if self.autotune else ""
+        machine = machine_signature(self.device) if self.autotune else ""
         known = self.timings.get(machine, {}) if self.autotune else None
         found = {
             name: lower(self.plan, name, self.signature, strict=self.strict, timings=known, progress=progress)

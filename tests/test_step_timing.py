@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 import qdiff_fx
-from qdiff_fx import autotune, kernels, model
-from qdiff_fx.autotune import LayerSize
+from qdiff_fx import kernels, model
+from qdiff_fx.autotune import x86
+from qdiff_fx.autotune.layer_size import LayerSize
 from qdiff_fx.graph.meta import LayerTiming
 from qdiff_fx.kernels import BACKENDS, RIVALS
 from qdiff_fx.step_timing import step_milliseconds
@@ -31,7 +32,7 @@ def _layers_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     def measure(size: LayerSize) -> LayerTiming:
         return LayerTiming(integer=1.0, carrier=2.0)
 
-    monkeypatch.setattr(autotune, "measure", measure)
+    monkeypatch.setattr(x86, "measure", measure)
 
 
 @pytest.mark.parametrize("fastest", RIVALS)

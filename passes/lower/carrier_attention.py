@@ -6,7 +6,7 @@ import torch
 from torch import fx
 
 from qdiff_fx.graph.edit import create_call
-from qdiff_fx.graph.meta import ATTENTION, FALLBACK
+from qdiff_fx.graph.meta import ATTENTION, FALLBACK, TIMED
 from qdiff_fx.passes.base import PassContext, RewritePass
 
 aten = torch.ops.aten
@@ -51,6 +51,8 @@ def drop_quantizers(match: fx.Node, graph_module: fx.GraphModule, reason: str) -
         )
     if (policy := ATTENTION.get(match)) is not None:
         ATTENTION.set(call, policy)
+    if (timing := TIMED.get(match)) is not None:
+        TIMED.set(call, timing)
     FALLBACK.set(call, f"quantizers of q, k, v and softmax dropped: {reason}")
     match.replace_all_uses_with(call)
     graph.erase_node(match)

@@ -14,7 +14,7 @@ from qdiff_fx.graph.meta import ATTENTION, KERNEL
 from qdiff_fx.graph.propagate import size_hint
 from qdiff_fx.kernels.cuda_gpu import GPUS, Gpu
 from qdiff_fx.kernels.cuda_model import AttentionWork, carrier_attention, integer_attention
-from qdiff_fx.kernels.cuda_tiles import attention_tile
+from qdiff_fx.kernels.cuda_tiles import AttentionTile, attention_tiles
 from qdiff_fx.kernels.cuda_weights import SIGNED_OFFSET
 from qdiff_fx.numerics.affine import reciprocal
 from qdiff_fx.numerics.attention import attention_scale
@@ -29,7 +29,7 @@ qdiff = torch.ops.qdiff
 
 
 class LowerCudaAttention(RewritePass[fx.Node]):
-    """qdiff.attention becomes qdiff.cuda_attention where that is predicted to win, or under strict=True.
+    """qdiff.attention becomes qdiff.cuda_attention where that was timed, or else is predicted, to win, or under strict.
 
     Elsewhere it becomes scaled_dot_product_attention in the carrier type, and the report says by how much.
 
@@ -41,29 +41,42 @@ class LowerCudaAttention(RewritePass[fx.Node]):
         return node if node.target is qdiff.attention.default else None
 
     def check(self, match: fx.Node, graph_module: fx.GraphModule, context: PassContext) -> str | None:
-        if context.strict and not _has_kernel(match):
+        if context.strict and not has_kernel(match):
             return "strict=True keeps quantizers that no integer kernel has"
         return None
 
     def rewrite(self, match: fx.Node, graph_module: fx.GraphModule, context: PassContext) -> None:
         gpu = target_gpu(graph_module)
-        if context.strict:
-            _use_kernel(match, graph_module, gpu)
-        elif not _has_kernel(match):
-            drop_quantizers(match, graph_module, "its operands or probabilities are not quantized")
+        reason = None if context.strict else _reason(match, gpu, context)
+        if reason is None:
+            kernels = attention_kernels(match, gpu)
+            _use_kernel(match, graph_module, kernels[context.kernels.get(match.name, next(iter(kernels)))])
         else:
-            work, judge = attention_work(match), gpu or GPUS[DEFAULT_CAPABILITY]
-            integer, carrier = integer_attention(work, judge).predicted, carrier_attention(work, judge).predicted
-            if integer < carrier:
-                _use_kernel(match, graph_module, gpu)
-            else:
-                reason = f"predicted {1e6 * integer:.1f} us on integers, {1e6 * carrier:.1f} us in the carrier type"
-                drop_quantizers(match, graph_module, reason)
+            drop_quantizers(match, graph_module, reason)
 
 
-def _has_kernel(node: fx.Node) -> bool:
+def _reason(match: fx.Node, gpu: Gpu | None, context: PassContext) -> str | None:
+    """Why the attention is better off in the carrier type, None if it is not."""
+    if not has_kernel(match):
+        return "its operands or probabilities are not quantized"
+    if match.name in context.carrier_layers or match.name in context.kernels:
+        return context.carrier_layers.get(match.name)
+    work, judge = attention_work(match), gpu or GPUS[DEFAULT_CAPABILITY]
+    integer, carrier = (1e6 * model(work, judge).predicted for model in (integer_attention, carrier_attention))
+    if integer < carrier:
+        return None
+    return f"predicted {integer:.1f} us on integers, {carrier:.1f} us in the carrier type"
+
+
+def has_kernel(node: fx.Node) -> bool:
+    """Whether a qdiff.attention has quantized operands and probabilities, as the integer kernel needs them."""
     arguments: Any = node.args
     return bool(arguments[6]) and bool(arguments[9])
+
+
+def attention_kernels(node: fx.Node, gpu: Gpu | None) -> dict[str, AttentionTile]:
+    """Tiles that can run a qdiff.attention, by name; the one that is taken without timings first."""
+    return {str(tile): tile for tile in attention_tiles(attention_work(node).head, gpu)}
 
 
 def attention_work(node: fx.Node) -> AttentionWork:
@@ -73,12 +86,10 @@ def attention_work(node: fx.Node) -> AttentionWork:
     return AttentionWork(heads=prod(query[:-2]), queries=query[-2], keys=key[-2], head=query[-1])
 
 
-def _use_kernel(match: fx.Node, graph_module: fx.GraphModule, gpu: Gpu | None) -> None:
+def _use_kernel(match: fx.Node, graph_module: fx.GraphModule, tile: AttentionTile) -> None:
     graph = graph_module.graph
     arguments: Any = match.args
     *operands, mask, is_causal, scale, scales, zero_points, bits, softmax_bits = arguments
-    head = size_hint((shape_of(operands[0]) or ())[-1])
-    tile = attention_tile(head, gpu)
     qmax = 2**softmax_bits - 1
     with graph.inserting_before(match):
         codes = [
@@ -91,12 +102,12 @@ def _use_kernel(match: fx.Node, graph_module: fx.GraphModule, gpu: Gpu | None) -
             scales[2] / qmax,
             [item - SIGNED_OFFSET for item in zero_points],
             qmax,
-            tile,
+            tile.arguments,
             match.meta["val"].dtype,
         )
         node = graph.call_function(qdiff.cuda_attention.default, (*codes, mask, is_causal, *numbers))
     node.meta = dict(match.meta)
-    KERNEL.set(node, f"qdiff.cuda_attention {tile[0]}x{tile[1]}")
+    KERNEL.set(node, f"qdiff.cuda_attention {tile}")
     if (policy := ATTENTION.get(match)) is not None:
         ATTENTION.set(node, policy)
     match.replace_all_uses_with(node)

@@ -1,4 +1,4 @@
-"""Layers that the performance model leaves to the carrier type."""
+"""Layers that the cuda backend leaves to the carrier type: by timings, or else by the performance model."""
 
 from __future__ import annotations
 
@@ -15,29 +15,35 @@ qdiff = torch.ops.qdiff
 
 
 class KeepSlowLayersInCarrier(IntegerLayerPass):
-    """A layer that the model finds faster in the carrier type runs there, on its weight dequantized once.
+    """A layer that was timed, or else predicted, to be faster in the carrier type runs there, its weight dequantized.
 
-    Left alone: layers that are predicted to win on integers; every layer under strict=True, in float32 (which no
-    tensor core multiplies), or where the interpreter stands in for a GPU; layers whose codes or constants are computed
-    otherwise than by a quantize step.
+    Left alone: layers that win on integers; every layer under strict=True; without timings, those in float32 (which no
+    tensor core multiplies) and all where the interpreter stands in for a GPU; layers whose codes or constants are
+    computed otherwise than by a quantize step.
     """
 
     def check(self, match: IntegerLayer, graph_module: fx.GraphModule, context: PassContext) -> str | None:
         if (reason := super().check(match, graph_module, context)) is not None:
             return reason
-        gpu = target_gpu(graph_module)
-        if context.strict or gpu is None or match.output_dtype == torch.float32:
+        if context.strict:
             return "integer kernels are asked for"
         if match.x.target is not qdiff.quantize.default:
             return f"{match.x.name}: no quantize step"
-        work = layer_work(match)
-        if integer_layer(work, gpu).predicted <= carrier_layer(work, gpu).predicted:
-            return "predicted to win on integers"
-        return None
+        return None if _reason(match, graph_module, context) else "wins on integers"
 
     def rewrite(self, match: IntegerLayer, graph_module: fx.GraphModule, context: PassContext) -> None:
-        gpu, work = target_gpu(graph_module), layer_work(match)
-        assert gpu is not None
-        times = (1e6 * model(work, gpu).predicted for model in (integer_layer, carrier_layer))
-        reason = "predicted {:.1f} us on integers, {:.1f} us in the carrier type".format(*times)
-        run_in_carrier(match, graph_module, reason)
+        run_in_carrier(match, graph_module, _reason(match, graph_module, context) or "")
+
+
+def _reason(match: IntegerLayer, graph_module: fx.GraphModule, context: PassContext) -> str | None:
+    """Why the layer is better off in the carrier type, None if it is not."""
+    name, gpu = match.node.name, target_gpu(graph_module)
+    if name in context.carrier_layers or name in context.kernels:
+        return context.carrier_layers.get(name)
+    if gpu is None or match.output_dtype == torch.float32:
+        return None
+    work = layer_work(match)
+    integer, carrier = (1e6 * model(work, gpu).predicted for model in (integer_layer, carrier_layer))
+    if integer <= carrier:
+        return None
+    return f"predicted {integer:.1f} us on integers, {carrier:.1f} us in the carrier type"

@@ -12,7 +12,7 @@ from qdiff_fx.graph.meta import KERNEL
 from qdiff_fx.graph.propagate import size_hint
 from qdiff_fx.kernels.cuda_gpu import Gpu
 from qdiff_fx.kernels.cuda_model import integer_layer, vendor_integer_layer
-from qdiff_fx.kernels.cuda_tiles import choose_tile, interpreter_tile
+from qdiff_fx.kernels.cuda_tiles import Tile, interpreter_tile, ranked_tiles
 from qdiff_fx.kernels.cuda_weights import (
     SIGNED_OFFSET,
     correction_table,
@@ -34,8 +34,8 @@ class LowerCudaLayers(IntegerLayerPass):
     """qdiff.conv2d and qdiff.linear become qdiff.cuda_conv2d and qdiff.cuda_linear.
 
     Weights are reordered for the kernels, channels fastest; 4-bit ones stay packed. What the activation's zero point
-    adds is folded into a table, s_x into the weights' scale. Block shapes and the kernel of a linear are those with the
-    smallest predicted time for the sizes of the example call.
+    adds is folded into a table, s_x into the weights' scale. Block shapes and the kernel of a linear are those that
+    `context.kernels` names, else those with the smallest predicted time for the sizes of the example call.
 
     Left alone: layers whose constants are computed in the graph.
     """
@@ -44,8 +44,7 @@ class LowerCudaLayers(IntegerLayerPass):
         graph, layer = graph_module.graph, match.node
         gpu = target_gpu(graph_module)
         tensors = _constants(graph_module, match)
-        product = layer_work(match).product
-        tile = interpreter_tile(product) if gpu is None else choose_tile(product, gpu)
+        kernel, tile = _chosen_kernel(match, gpu, context)
         with graph.inserting_before(layer):
             x = signed_codes(graph, match.x)
             nodes: dict[str, fx.Node | None] = {
@@ -58,10 +57,10 @@ class LowerCudaLayers(IntegerLayerPass):
             )
             tail: tuple[Any, ...]
             if match.is_conv2d:
-                target, kernel = qdiff.cuda_conv2d.default, "triton"
+                target = qdiff.cuda_conv2d.default
                 tail = (match.weight_shape, *match.geometry, tile.arguments, match.output_dtype)
             else:
-                target, kernel = qdiff.cuda_linear.default, linear_kernel(match, gpu)
+                target = qdiff.cuda_linear.default
                 tail = (match.weight_shape, kernel, tile.arguments, match.output_dtype)
             node = graph.call_function(target, (x, *constants, NO_REQUANTIZE, False, *tail))
         node.meta = dict(layer.meta)
@@ -71,14 +70,26 @@ class LowerCudaLayers(IntegerLayerPass):
         graph.erase_node(layer)
 
 
-def linear_kernel(layer: IntegerLayer, gpu: Gpu | None) -> str:
-    """Which kernel: int_mm where torch._int_mm takes the layer and the model finds it faster, else triton."""
-    outputs, depth = layer.weight_shape
-    if gpu is None or layer.weight_zero_point is not None or outputs % 8 or depth % 8:
-        return "triton"
+def layer_kernels(layer: IntegerLayer, gpu: Gpu | None) -> dict[str, tuple[str, Tile]]:
+    """Kernels that can run the layer, by the name that reports and timings have for them; the best predicted first.
+
+    Each is the operators' `kernel` and `tile`. torch._int_mm takes int8 weights with multiples of 8 on both sides.
+    """
+    product = layer_work(layer).product
+    tiles = [interpreter_tile(product)] if gpu is None else ranked_tiles(product, gpu)
+    found = {str(tile): ("triton", tile) for tile in tiles}
+    outputs, depth = layer.weight_shape[:2]
+    if layer.is_conv2d or layer.weight_zero_point is not None or outputs % 8 or depth % 8:
+        return found
+    vendor = {"int_mm": ("int_mm", tiles[0])}
     work = layer_work(layer)
-    faster = vendor_integer_layer(work, gpu).predicted < integer_layer(work, gpu).predicted
-    return "int_mm" if faster else "triton"
+    faster = gpu is not None and vendor_integer_layer(work, gpu).predicted < integer_layer(work, gpu).predicted
+    return {**vendor, **found} if faster else {**found, **vendor}
+
+
+def _chosen_kernel(layer: IntegerLayer, gpu: Gpu | None, context: PassContext) -> tuple[str, Tile]:
+    kernels = layer_kernels(layer, gpu)
+    return kernels[context.kernels.get(layer.node.name, next(iter(kernels)))]
 
 
 def _constants(graph_module: fx.GraphModule, layer: IntegerLayer) -> dict[str, Tensor | None]:

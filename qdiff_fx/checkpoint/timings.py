@@ -37,21 +37,27 @@ def read_timings(folder: Path) -> dict[str, Timings]:
 
 def write_timings(folder: Path, machines: Mapping[str, Timings]) -> None:
     """Put `machines` into the folder, atomically. Raises DiskError if it cannot be written."""
-    tables = {
-        name: {key: [timing.integer, timing.carrier] for key, timing in timings.items()}
-        for name, timings in machines.items()
-    }
+    tables = {name: {key: _entry(timing) for key, timing in timings.items()} for name, timings in machines.items()}
     write_json(folder / TIMINGS_FILE, {"format_version": _VERSION, "machines": tables})
+
+
+def _entry(timing: LayerTiming) -> list[float | str]:
+    return [timing.integer, timing.carrier, *([timing.kernel] if timing.kernel else [])]
 
 
 def _timings(value: Any, where: str) -> Timings:
     found = {}
-    for key, pair in _table(value, where, _MOST_LAYERS).items():
+    for key, entry in _table(value, where, _MOST_LAYERS).items():
         place = f"{where}: {key:.80}"
-        fits = len(expect(pair, list, place)) == 2
-        if not fits or not all(type(item) is float and 0 < item < _LONGEST for item in pair):
-            refuse(place, f"{pair!r:.60}, want [microseconds on integers, microseconds in the carrier type]")
-        found[key] = LayerTiming(integer=pair[0], carrier=pair[1])
+        times, kernel = expect(entry, list, place)[:2], entry[2:]
+        fits = len(times) == 2 and all(type(item) is float and 0 < item < _LONGEST for item in times)
+        named = not kernel or (len(kernel) == 1 and isinstance(kernel[0], str) and _TEXT.fullmatch(kernel[0]))
+        if not fits or not named:
+            wanted = (
+                "[microseconds on integers, microseconds in the carrier type], and the kernel where there are several"
+            )
+            refuse(place, f"{entry!r:.60}, want {wanted}")
+        found[key] = LayerTiming(integer=times[0], carrier=times[1], kernel=kernel[0] if kernel else "")
     return found
 
 

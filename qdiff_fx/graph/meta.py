@@ -74,10 +74,16 @@ class StoredWeight:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerTiming:
-    """Microseconds on integers and in the carrier type, of one layer or of linears that read the same codes."""
+    """Microseconds of one layer, of linears that read the same codes, or of an attention.
+
+    Args:
+      integer, carrier: on integers, by the fastest kernel, and in the carrier type.
+      kernel: that kernel, "" where there is only one.
+    """
 
     integer: float
     carrier: float
+    kernel: str = ""
 
 
 MODULE_PATH: MetaKey[str] = MetaKey("module_path")
@@ -105,7 +111,7 @@ KERNEL: MetaKey[str] = MetaKey("kernel")
 """On nodes of a lowered graph whose operator's name does not say which kernel runs."""
 
 TIMED: MetaKey[LayerTiming] = MetaKey("timed")
-"""On layers of a lowered graph whose kernel was chosen by timing."""
+"""On layers and attentions of a lowered graph whose kernel was chosen by timing."""
 
 BLOCK: MetaKey[int] = MetaKey("block")
 """Index of the reconstruction block that owns the node, in execution order."""

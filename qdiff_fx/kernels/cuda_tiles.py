@@ -1,8 +1,8 @@
 """Block shapes of the Triton kernels: what each architecture may run, and which one a layer gets.
 
 Every entry was compiled for its architecture in every variant and keeps all its values in registers
-(docs/results-cuda-kernels.md; a slow test compiles them again). Until timings exist, the shape with the smallest
-predicted time is taken.
+(docs/results-cuda-kernels.md; a slow test compiles them again). Which one a layer gets is timed with autotune=True;
+otherwise the shape with the smallest predicted time is taken.
 """
 
 from __future__ import annotations
@@ -21,6 +21,10 @@ _BLOCK_CYCLES = 1500
 
 _STEP_LATENCY = 700
 """Cycles from a load to its use; a pipeline of n stages waits for a (n - 1)th of it a step."""
+
+
+_WORTH_TRYING = 2.0
+"""Times the best prediction: so far the predictions are trusted, further away a shape is not even timed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,24 +150,52 @@ def interpreter_tile(product: Product) -> Tile:
     return Tile(rows=rows, outputs=outputs, depth=depth, warps=4, stages=1)
 
 
-ATTENTION_TILES: Mapping[int, tuple[int, int, int, int]] = {
-    64: (64, 64, 8, 3),
-    128: (64, 64, 8, 3),
-    256: (64, 64, 8, 2),
+@dataclass(frozen=True, kw_only=True)
+class AttentionTile:
+    """One program's share of an attention: queries of one head at a time, keys of one step; and how it is compiled."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+    @property
+    def arguments(self) -> list[int]:
+        """As the operator takes it."""
+        return [self.queries, self.keys, self.warps, self.stages]
+
+    def __str__(self) -> str:
+        return f"{self.queries}x{self.keys}, {self.warps} warps, {self.stages} stages"
+
+
+def _attention_tiles(*shapes: tuple[int, int, int, int]) -> tuple[AttentionTile, ...]:
+    return tuple(
+        AttentionTile(queries=queries, keys=keys, warps=warps, stages=stages) for queries, keys, warps, stages in shapes
+    )
+
+
+ATTENTION_TILES: Mapping[int, tuple[AttentionTile, ...]] = {
+    64: _attention_tiles((64, 64, 8, 3), (128, 64, 8, 3), (128, 32, 8, 3), (64, 32, 4, 3)),
+    128: _attention_tiles((64, 64, 8, 3), (128, 32, 8, 3), (64, 32, 4, 3)),
+    256: _attention_tiles((64, 64, 8, 2)),
 }
-"""Queries, keys, warps and stages of the attention kernel, by elements of a head that it holds."""
+"""Shapes of the attention kernel, the one that is taken without timings first, by elements of a head that it holds."""
+
+_INTERPRETED_ATTENTION = (AttentionTile(queries=32, keys=32, warps=4, stages=1),)
 
 
-def attention_tile(head: int, gpu: Gpu | None) -> list[int]:
-    """The attention kernel's tile for heads of this size; small ones for Triton's interpreter (no GPU)."""
+def attention_tiles(head: int, gpu: Gpu | None) -> tuple[AttentionTile, ...]:
+    """What heads of this size may run with; a small tile for Triton's interpreter (no GPU) and larger heads."""
     if gpu is None:
-        return [32, 32, 4, 1]
-    return list(next((tile for size, tile in ATTENTION_TILES.items() if head <= size), (32, 32, 4, 1)))
+        return _INTERPRETED_ATTENTION
+    return next((tiles for size, tiles in ATTENTION_TILES.items() if head <= size), _INTERPRETED_ATTENTION)
 
 
-def choose_tile(product: Product, gpu: Gpu) -> Tile:
-    """The tile of `gpu`'s table with the smallest predicted time."""
-    return min(TILES[gpu.capability][product.packed], key=lambda tile: tile_cycles(product, tile, gpu))
+def ranked_tiles(product: Product, gpu: Gpu) -> list[Tile]:
+    """The tiles of `gpu`'s table worth trying, the one with the smallest predicted time first."""
+    cycles = {tile: tile_cycles(product, tile, gpu) for tile in TILES[gpu.capability][product.packed]}
+    ranked = sorted(cycles, key=lambda tile: cycles[tile])
+    return [tile for tile in ranked if cycles[tile] <= _WORTH_TRYING * cycles[ranked[0]]]
 
 
 def tile_cycles(product: Product, tile: Tile, gpu: Gpu) -> float:

@@ -28,7 +28,10 @@ def describe_machine() -> dict[str, str | int]:
     }
 
 
-def machine_signature() -> str:
-    """What timings of kernels depend on beside the code, in one line of plain text."""
+def machine_signature(device: torch.device) -> str:
+    """What timings of kernels on `device` depend on beside the code, in one line of plain text."""
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"{torch.cuda.get_device_name(device)}; sm_{major}{minor}; torch {torch.__version__}"
     machine = describe_machine()
     return f"{machine['processor']}; {machine['isa']}; {machine['threads']} thread(s); torch {machine['torch']}"

@@ -10,7 +10,7 @@ import torch
 
 from cuda_cases import STORED, AttentionCase, LayerCase, prepare_attention, prepare_layer
 from qdiff_fx.kernels.cuda_gpu import gpu_for
-from qdiff_fx.kernels.cuda_tiles import TILES, attention_tile
+from qdiff_fx.kernels.cuda_tiles import TILES, attention_tiles
 from qdiff_fx.numerics.attention import attend
 from qdiff_fx.numerics.spec import QuantSpec
 
@@ -67,10 +67,10 @@ def test_attention_is_that_of_the_reference_but_for_a_few_steps(head: int, mask:
     gpu = gpu_for(torch.cuda.get_device_capability())
     case = AttentionCase(queries=200, keys=177, head=head, value_head=head, mask=mask, device="cuda")
     prepared = prepare_attention(case)
-    arguments = list(prepared.arguments)
-    arguments[-2] = attention_tile(head, gpu)
     query, key, value = (item.float() for item in prepared.real())
     wanted = attend(query, key, value, prepared.mask, False, None, QuantSpec(bits=8, symmetric=True))
-    result = torch.ops.qdiff.cuda_attention.default(*arguments).cpu()
-    # Three probabilities a step off: 1/255 of a value of at most 128 * 0.05 each.
-    assert (result - wanted).abs().max() <= 3 * 128 * 0.05 / 255
+    for tile in attention_tiles(head, gpu):
+        arguments = [*prepared.arguments[:-2], tile.arguments, prepared.arguments[-1]]
+        result = torch.ops.qdiff.cuda_attention.default(*arguments).cpu()
+        # Three probabilities a step off: 1/255 of a value of at most 128 * 0.05 each.
+        assert (result - wanted).abs().max() <= 3 * 128 * 0.05 / 255, tile

@@ -20,7 +20,7 @@ from qdiff_fx.kernels.cuda_model import (
     integer_layer,
     vendor_integer_layer,
 )
-from qdiff_fx.kernels.cuda_tiles import TILES, Product, choose_tile, interpreter_tile
+from qdiff_fx.kernels.cuda_tiles import TILES, Product, interpreter_tile, ranked_tiles
 
 ROOT = Path(__file__).resolve().parents[2]
 H100 = GPUS[(9, 0)]
@@ -34,8 +34,8 @@ def test_every_tile_fits_its_gpu(gpu: Gpu) -> None:
 
 
 def test_large_layers_get_large_tiles_and_small_ones_enough_blocks() -> None:
-    large = choose_tile(Product(rows=8192, outputs=640, depth=640, taps=9), H100)
-    small = choose_tile(Product(rows=128, outputs=1280, depth=1280, taps=9), H100)
+    large = ranked_tiles(Product(rows=8192, outputs=640, depth=640, taps=9), H100)[0]
+    small = ranked_tiles(Product(rows=128, outputs=1280, depth=1280, taps=9), H100)[0]
     assert large.rows * large.outputs == 128 * 128
     assert small.rows * small.outputs < large.rows * large.outputs
 

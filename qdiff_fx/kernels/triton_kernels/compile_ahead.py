@@ -18,7 +18,7 @@ from triton.compiler import ASTSource
 
 from qdiff_fx.errors import BackendError
 from qdiff_fx.kernels.cuda_gpu import Capability
-from qdiff_fx.kernels.cuda_tiles import Tile
+from qdiff_fx.kernels.cuda_tiles import AttentionTile, Tile
 from qdiff_fx.kernels.triton_kernels.attention import attention
 from qdiff_fx.kernels.triton_kernels.launch import EXACT, GROUP_M, head_block, interpreted
 from qdiff_fx.kernels.triton_kernels.layer import implicit_gemm
@@ -114,10 +114,9 @@ def compile_layer(variant: LayerVariant, tile: Tile, capability: Capability) -> 
 
 
 def compile_attention(
-    head: int, tile: tuple[int, int, int, int], capability: Capability, *, masked: bool = False, causal: bool = False
+    head: int, tile: AttentionTile, capability: Capability, *, masked: bool = False, causal: bool = False
 ) -> Compiled:
-    """Compile attention over heads of size `head`; tile is queries, keys, warps, stages."""
-    rows, columns, warps, stages = tile
+    """Compile attention over heads of size `head`."""
     pointers = {"query": "*i8", "key": "*i8", "value": "*i8", "key_sums": "*i32", "value_sums": "*i32"}
     kinds = {
         **pointers,
@@ -130,12 +129,12 @@ def compile_attention(
         "CAUSAL": causal,
         "HEAD": head,
         "VALUE_HEAD": head,
-        "BLOCK_M": rows,
-        "BLOCK_N": columns,
+        "BLOCK_M": tile.queries,
+        "BLOCK_N": tile.keys,
         "BLOCK_E": head_block(head),
         "BLOCK_D": head_block(head),
     }
-    return _compile(attention, kinds, constants, capability, warps, stages)
+    return _compile(attention, kinds, constants, capability, tile.warps, tile.stages)
 
 
 def _compile(

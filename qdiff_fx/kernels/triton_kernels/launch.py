@@ -11,6 +11,7 @@ import torch
 import triton
 from torch import Tensor
 from torch.nn import functional
+from triton.runtime.errors import OutOfResources as OutOfResources
 from triton.runtime.jit import JITFunction
 
 from qdiff_fx.kernels.triton_kernels.attention import attention, score_accumulators

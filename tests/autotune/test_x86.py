@@ -12,8 +12,10 @@ import torch
 from torch import nn
 
 import qdiff_fx
-from qdiff_fx import autotune, model
-from qdiff_fx.autotune import LayerSize, measure
+from qdiff_fx import model
+from qdiff_fx.autotune import x86
+from qdiff_fx.autotune.layer_size import LayerSize
+from qdiff_fx.autotune.x86 import measure
 from qdiff_fx.checkpoint.timings import TIMINGS_FILE
 from qdiff_fx.errors import CheckpointError, DiskError, InputError
 from qdiff_fx.graph.meta import LayerTiming
@@ -38,7 +40,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(autotune, "measure", clock)
+    monkeypatch.setattr(x86, "measure", clock)
     return clock
 
 
@@ -98,7 +100,7 @@ def test_times_are_kept_by_machine(
     assert str(again.lowering_report()) == str(tuned.lowering_report())
     assert "timed" not in str(qdiff_fx.load(tmp_path, "x86").lowering_report())
 
-    monkeypatch.setattr(model, "machine_signature", lambda: "another machine")
+    monkeypatch.setattr(model, "machine_signature", lambda device: "another machine")
     qdiff_fx.load(tmp_path, "x86", autotune=True)
     assert len(clock.keys) == 2 * count
     second = json.loads((tmp_path / TIMINGS_FILE).read_text())
@@ -107,7 +109,7 @@ def test_times_are_kept_by_machine(
     def full_disk(*_: Any) -> None:
         raise DiskError("no space")
 
-    monkeypatch.setattr(model, "machine_signature", lambda: "a third machine")
+    monkeypatch.setattr(model, "machine_signature", lambda device: "a third machine")
     monkeypatch.setattr(model, "write_timings", full_disk)
     qdiff_fx.load(tmp_path, "x86", autotune=True)  # the model runs; its times are taken again next time
     assert json.loads((tmp_path / TIMINGS_FILE).read_text()) == second
@@ -132,6 +134,9 @@ def test_it_contradicts_strict(prepared: qdiff_fx.PreparedUNet) -> None:
         '{"format_version": 1, "machines": {"m": {"k": [1.0, NaN]}}}',
         '{"format_version": 1, "machines": {"m": {"k": [1.0, 1e999]}}}',
         '{"format_version": 1, "machines": {"m": {"k": ["1", true]}}}',
+        '{"format_version": 1, "machines": {"m": {"k": [1.0, 2.0, ""]}}}',
+        '{"format_version": 1, "machines": {"m": {"k": [1.0, 2.0, "kernel", "more"]}}}',
+        '{"format_version": 1, "machines": {"m": {"k": [1.0, 2.0, "a\\n"]}}}',
     ],
 )
 def test_other_files_are_refused(
