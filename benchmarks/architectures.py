@@ -72,10 +72,36 @@ def tiny() -> tuple[torch.nn.Module, dict[str, Tensor]]:
     return unet.eval(), {"sample": torch.randn(BATCH, 4, 8, 8), "encoder_hidden_states": torch.randn(BATCH, 7, 8)}
 
 
+def tiny_xl() -> tuple[torch.nn.Module, dict[str, Any]]:
+    """SDXL's kind of network and its conditions, at that size."""
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(16, 32),
+        norm_num_groups=4,
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 2),
+        attention_head_dim=(1, 2),
+        cross_attention_dim=8,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=4,
+        projection_class_embeddings_input_dim=32,
+    )
+    conditions = {"text_embeds": torch.randn(BATCH, 8), "time_ids": torch.randn(BATCH, 6)}
+    return unet.eval(), {
+        "sample": torch.randn(BATCH, 4, 8, 8),
+        "encoder_hidden_states": torch.randn(BATCH, 7, 8),
+        "added_cond_kwargs": conditions,
+    }
+
+
 ARCHITECTURES: Mapping[str, Callable[[], tuple[torch.nn.Module, dict[str, Any]]]] = {
     "sd15": sd15,
     "sdxl": sdxl,
     "tiny": tiny,
+    "tiny-xl": tiny_xl,
 }
 
 

@@ -5,7 +5,8 @@
 It needs torch, triton, torchao and diffusers, no network and no weights: they are random, so quality means nothing and
 the SQNR against fp16 only shows that an arm computes the same network. All arms of an architecture run in one process,
 interleaved, batch 2; medians, and medians of the ratios of neighbouring runs. The page is written beside the JSON
-as .md. `--rehearse` runs all of it on the CPU, kernels in Triton's interpreter, on a network that it can take.
+as .md. An arm that fails stands there with its error, the others go on, and the command fails. `--rehearse` runs all of
+it on the CPU, kernels in Triton's interpreter, on a network that it can take.
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ import os
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -29,6 +33,8 @@ from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize
 
 import qdiff_fx
 from architectures import ARCHITECTURES, BATCH
+from qdiff_fx.autotune.cuda import device_clock
+from qdiff_fx.autotune.timer import gpu_seconds, processor_seconds
 from qdiff_fx.kernels.cuda_gpu import GPUS, Gpu, gpu_for
 from qdiff_fx.kernels.cuda_model import LayerWork, integer_layer
 from qdiff_fx.kernels.cuda_tiles import Product
@@ -36,7 +42,10 @@ from qdiff_fx.safe_io import write_bytes, write_json
 
 CARRIER = torch.float16
 BASELINE = "fp16 compile"
+TORCHAO = "torchao int8 dynamic"
 PRESETS = ("w8a8", "w4a8")
+AUTOTUNED = ", autotuned"
+"""Behind the preset: kernels by timings instead of the performance model."""
 
 
 def main() -> None:
@@ -56,6 +65,7 @@ def main() -> None:
         results[name] = measure(name, machine, options.repeats)
         write_json(options.out, results)
         write_bytes(options.out.with_suffix(".md"), page(results).encode())
+    sys.exit(any(results[name]["errors"] for name in options.architectures))
 
 
 class Machine:
@@ -81,16 +91,7 @@ class Machine:
 
     def seconds(self, run: Callable[[], Any]) -> float:
         """Of one run, on the device's own clock."""
-        if not self.on_gpu:
-            started = time.perf_counter()
-            run()
-            return time.perf_counter() - started
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        return 1e-3 * float(start.elapsed_time(end))
+        return gpu_seconds(run) if self.on_gpu else processor_seconds(run)
 
     def allocated(self) -> int:
         """Bytes that tensors hold on the GPU; 0 in a rehearsal."""
@@ -109,40 +110,28 @@ def measure(name: str, machine: Machine, repeats: int) -> dict[str, Any]:
     unet, examples = ARCHITECTURES[name]()
     folders = {preset: stored(unet, examples, preset) for preset in PRESETS}
     inputs = moved(examples, machine.device)
-    timestep = torch.full((BATCH,), 500.0, device=machine.device)
     unet = unet.to(CARRIER)
     makers: dict[str, Callable[[], Any]] = {
         BASELINE: lambda: unet.to(machine.device, memory_format=torch.channels_last),
-        "torchao int8 dynamic": lambda: torchao_linears(unet, machine),
-        **{preset: lambda preset=preset: load(folders[preset].name, machine) for preset in PRESETS},
+        TORCHAO: lambda: torchao_linears(unet, machine),
     }
-    arms: dict[str, Callable[[], Tensor]] = {}
-    rows: dict[str, dict[str, Any]] = {}
-    layers: dict[str, Any] = {}
-    reports: dict[str, str] = {}
+    for preset, folder in folders.items():
+        for autotune in (False, True):
+            makers[preset + AUTOTUNED * autotune] = partial(load, folder.name, machine, autotune=autotune)
+    arms: dict[str, Arm] = {}
+    errors: dict[str, str] = {}
     with torch.no_grad():
         for label, make in makers.items():
-            before = machine.allocated()
-            model = make()
-            weights = machine.allocated() - before
-            if label in PRESETS:
-                reports[label] = str(model.lowering_report())
-                layers[label] = roofline(model, inputs, timestep, machine, repeats)
-            compiled = torch.compile(model, fullgraph=True, **machine.compile_options)
-
-            def run(compiled: Any = compiled) -> Tensor:
-                result: Tensor = compiled(**inputs, timestep=timestep, return_dict=False)[0]
-                return result
-
-            started = time.perf_counter()
-            results = [run().float().cpu() for _ in range(3)][-1]
-            rows[label] = {"weights": weights, "compile_seconds": time.perf_counter() - started, "result": results}
-            arms[label] = run
-            print(f"{name}: {label} compiled in {rows[label]['compile_seconds']:.0f} s", flush=True)
-        for label, run in arms.items():
-            rows[label]["peak"] = machine.peak(run)
-        times = interleaved(arms, machine, repeats)
-    exact = rows[BASELINE]["result"]
+            try:
+                arms[label] = made_arm(make, inputs, machine)
+                print(f"{name}: {label} compiled in {arms[label].compile_seconds:.0f} s", flush=True)
+            except Exception as error:  # whatever it is, the other arms' minutes are not lost
+                if label == BASELINE:
+                    raise
+                errors[label] = f"{type(error).__name__}: {error}"
+                print(f"{name}: {label} failed", file=sys.stderr)
+                traceback.print_exc()
+        times = interleaved({label: arm.run for label, arm in arms.items()}, machine, repeats)
     for folder in folders.values():
         folder.cleanup()
     return {
@@ -154,14 +143,64 @@ def measure(name: str, machine: Machine, repeats: int) -> dict[str, Any]:
             label: {
                 "milliseconds": 1e3 * median(times[label]),
                 "speed": median(b / a for a, b in zip(times[label], times[BASELINE], strict=True)),
-                "sqnr_db": decibels(exact, row["result"]),
-                **{key: value for key, value in row.items() if key != "result"},
+                "sqnr_db": decibels(arms[BASELINE].result, arm.result),
+                "weights": arm.weights,
+                "peak": arm.peak,
+                "make_seconds": arm.make_seconds,
+                "compile_seconds": arm.compile_seconds,
             }
-            for label, row in rows.items()
+            for label, arm in arms.items()
         },
-        "layers": layers,
-        "reports": reports,
+        "errors": errors,
+        "layers": {label: arm.layers for label, arm in arms.items() if arm.layers},
+        "reports": {label: arm.report for label, arm in arms.items() if arm.report},
     }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """A compiled model: one step of it, what the step gave, and what was measured while it was made."""
+
+    run: Callable[[], Tensor]
+    result: Tensor
+    weights: int
+    peak: int
+    make_seconds: float
+    compile_seconds: float
+    layers: list[dict[str, Any]]
+    report: str
+
+
+def made_arm(make: Callable[[], Any], inputs: Mapping[str, Any], machine: Machine) -> Arm:
+    timestep = torch.full((BATCH,), 500.0, device=machine.device)
+    before = machine.allocated()
+    started = time.perf_counter()
+    model = make()
+    make_seconds = time.perf_counter() - started
+    weights = machine.allocated() - before
+    ours = isinstance(model, qdiff_fx.QuantizedUNet)
+    layers = roofline(model, inputs, timestep, machine) if ours else []
+    compiled = torch.compile(model, fullgraph=True, **machine.compile_options)
+
+    def run() -> Tensor:
+        result: Tensor = compiled(**inputs, timestep=timestep, return_dict=False)[0]
+        return result
+
+    started = time.perf_counter()
+    run()
+    compile_seconds = time.perf_counter() - started
+    # The second run records a CUDA graph and allocates what a step needs; the third replays it.
+    peak = machine.peak(lambda: [run() for _ in range(2)]) - before
+    return Arm(
+        run=run,
+        result=run().float().cpu(),
+        weights=weights,
+        peak=peak,
+        make_seconds=make_seconds,
+        compile_seconds=compile_seconds,
+        layers=layers,
+        report=str(model.lowering_report()) if ours else "",
+    )
 
 
 def stored(unet: torch.nn.Module, inputs: Mapping[str, Any], preset: str) -> tempfile.TemporaryDirectory[str]:
@@ -184,8 +223,8 @@ def stored(unet: torch.nn.Module, inputs: Mapping[str, Any], preset: str) -> tem
     return folder
 
 
-def load(folder: str, machine: Machine) -> Any:
-    return qdiff_fx.load(folder, backend="cuda", device=machine.device)
+def load(folder: str, machine: Machine, *, autotune: bool) -> Any:
+    return qdiff_fx.load(folder, backend="cuda", device=machine.device, autotune=autotune)
 
 
 def torchao_linears(unet: torch.nn.Module, machine: Machine) -> torch.nn.Module:
@@ -198,9 +237,9 @@ def torchao_linears(unet: torch.nn.Module, machine: Machine) -> torch.nn.Module:
 class Timer(fx.Interpreter):
     """Runs a lowered graph and times each kernel of ours, one of every kind, on the operands that it has there."""
 
-    def __init__(self, graph_module: fx.GraphModule, machine: Machine, repeats: int) -> None:
+    def __init__(self, graph_module: fx.GraphModule, machine: Machine) -> None:
         super().__init__(graph_module)
-        self.machine, self.repeats = machine, repeats
+        self.machine = machine
         self.rows: dict[str, dict[str, Any]] = {}
 
     def run_node(self, n: fx.Node) -> Any:
@@ -219,14 +258,14 @@ class Timer(fx.Interpreter):
         shape = f"{product.rows} x {product.outputs * product.groups} x {product.depth * product.taps}"
         key = " ".join((kind, shape, str(call.get("stride", "")), *steps, kernel))
         if key not in self.rows:
-            times = [self.machine.seconds(lambda: target(*args, **kwargs)) for _ in range(self.repeats + 2)][2:]
+            (seconds,) = device_clock(self.machine.device)([lambda: target(*args, **kwargs)])
             estimate = integer_layer(work, self.machine.gpu)
             self.rows[key] = {
                 "kind": " ".join((kind, *(f"+ {step}" for step in steps))),
                 "shape": shape,
                 "kernel": kernel,
                 "count": 0,
-                "seconds": median(times),
+                "seconds": seconds,
                 "floor": estimate.floor,
                 "operations": estimate.operations,
                 "bytes": estimate.bytes,
@@ -235,10 +274,8 @@ class Timer(fx.Interpreter):
         return result
 
 
-def roofline(
-    model: Any, inputs: Mapping[str, Any], timestep: Tensor, machine: Machine, repeats: int
-) -> list[dict[str, Any]]:
-    timer = Timer(model.lowered, machine, repeats)
+def roofline(model: Any, inputs: Mapping[str, Any], timestep: Tensor, machine: Machine) -> list[dict[str, Any]]:
+    timer = Timer(model.lowered, machine)
     timer.run(*model.signature.flatten((), {**inputs, "timestep": timestep}))
     return list(timer.rows.values())
 
@@ -288,7 +325,8 @@ def page(results: Mapping[str, Any]) -> str:
         "",
         "Written by `python benchmarks/latency_cuda.py sd15 sdxl --out docs/results-cuda.json` (`make gpu`): one UNet",
         "step, random weights, arms interleaved in one process, medians. Ours are loaded from a saved model,",
-        "in an fp16 carrier.",
+        "in an fp16 carrier; `autotuned` ones with kernels by timings, others by the performance model. Peak memory is",
+        "that of one step with the arm's weights. A kernel's time is that of its replays in a CUDA graph.",
         "SQNR is against compiled fp16 on one random input without calibration data.",
     ]
     for name, case in results.items():
@@ -307,6 +345,7 @@ def page(results: Mapping[str, Any]) -> str:
                 f"| {label} | {arm['milliseconds']:.2f} | {arm['speed']:.2f}x | {arm['weights'] / 1e6:.0f} | "
                 f"{arm['weights'] / base:.2f}x | {arm['peak'] / 1e6:.0f} | {quality} |"
             )
+        lines += [f"\n{label} failed: `{' '.join(error.split())[:300]}`" for label, error in case["errors"].items()]
         for label, rows in case["layers"].items():
             lines += [
                 "",
