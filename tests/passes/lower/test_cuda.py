@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import qdiff_fx
 from architectures import abstract_plan
@@ -187,16 +189,31 @@ def test_what_only_the_plan_holds_leaves_the_device(prepared: qdiff_fx.PreparedU
 # --------------------------------------------------------------- graphs of public architectures, without weights
 
 
-class Counting(TorchDispatchMode):
-    """Counts the calls of our operators."""
+class Launches(TorchDispatchMode):
+    """Keeps the names of our operators as they are called."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls = 0
+        self.names: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.calls += str(func).startswith("qdiff.cuda_")
+        if str(func).startswith("qdiff."):
+            self.names.append(str(func))
         return func(*args, **(kwargs or {}))
+
+
+class ByNode(fx.Interpreter):
+    """Runs a graph and keeps what each of its nodes launched."""
+
+    def __init__(self, graph_module: fx.GraphModule) -> None:
+        super().__init__(graph_module)
+        self.launched: dict[str, list[str]] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        with Launches() as launches:
+            result = super().run_node(n)
+        self.launched[n.name] = launches.names
+        return result
 
 
 def sizes(lowered: fx.GraphModule) -> Iterator[tuple[str, list[int], torch.dtype]]:
@@ -206,12 +223,15 @@ def sizes(lowered: fx.GraphModule) -> Iterator[tuple[str, list[int], torch.dtype
             yield node.name, [size_hint(size) for size in value.shape], value.dtype
 
 
-def run_on_fake_gpu(lowered: fx.GraphModule) -> tuple[Tensor, int]:
-    """The graph's first output on fake tensors of a GPU, and how many of our kernels it launched."""
+def traced_on_fake_gpu(lowered: fx.GraphModule) -> tuple[fx.GraphModule, dict[str, list[str]]]:
+    """The whole graph as make_fx records it on fake tensors of a GPU, and what each node of `lowered` launched.
+
+    One graph or an error: a value that decides (`.item()`, a data-dependent shape) cannot be traced on fake tensors;
+    in a captured CUDA graph it would wait for the GPU.
+    """
     set_device(lowered.graph, torch.device("cuda"))
     lowered.recompile()
-    mode = FakeTensorMode()
-    with mode:
+    with FakeTensorMode():
         for node in lowered.graph.nodes:
             if node.op == "get_attr":
                 tensor = get_tensor(lowered, node.target)
@@ -219,9 +239,10 @@ def run_on_fake_gpu(lowered: fx.GraphModule) -> tuple[Tensor, int]:
                     fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cuda")
                     set_tensor(lowered, str(node.target), fake, persistent=False)
         inputs = [torch.empty(shape, dtype=dtype, device="cuda") for _, shape, dtype in sizes(lowered)]
-        with torch.no_grad(), Counting() as counting:
-            result = lowered(*inputs)[0]
-    return result, counting.calls
+        run = ByNode(lowered)
+        with torch.no_grad():
+            traced = make_fx(lambda *values: run.run(*values))(*inputs)
+    return traced, run.launched
 
 
 def compiled_graphs(lowered: fx.GraphModule) -> int:
@@ -247,10 +268,23 @@ def check_architecture(plan: fx.GraphModule, signature: CallSignature, shape: tu
     assert kernels + kept == layers + attentions
     assert not count(lowered, "qdiff.conv2d") + count(lowered, "qdiff.linear") + count(lowered, "qdiff.quantize")
     assert not count(lowered, "aten.bitwise_xor")
-    result, calls = run_on_fake_gpu(lowered)
+    traced, launched = traced_on_fake_gpu(lowered)
+    (output,) = (node for node in traced.graph.nodes if node.op == "output")
+    result = tree_leaves(output.args)[0].meta["val"]
     assert result.device.type == "cuda" and result.dtype == torch.float16 and tuple(result.shape) == shape
-    assert calls == kernels
+    assert count(traced, "qdiff.") == count(traced, "qdiff.cuda_") == kernels
+    assert traced_devices(traced) == {"cuda"}
+    # A layer or attention on integers is one kernel, epilogue included; any other node launches none of ours.
+    for row in report.rows:
+        assert len(launched[row.node]) == (not row.kernel.startswith("aten.")), row
+    assert sum(len(names) for names in launched.values()) == kernels
     return report
+
+
+def traced_devices(traced: fx.GraphModule) -> set[str]:
+    """Kinds of devices that results of a traced graph are on."""
+    values = (node.meta.get("val") for node in traced.graph.nodes if node.op in ("call_function", "placeholder"))
+    return {value.device.type for value in values if isinstance(value, Tensor)}
 
 
 @pytest.mark.usefixtures("unchecked_shapes")

@@ -1,0 +1,91 @@
+"""Launchers neither wait for the GPU nor look at data: they run on fake tensors of a GPU, as a CUDA graph needs it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+from cuda_cases import AttentionCase, LayerCase, prepare_attention, prepare_layer
+from qdiff_fx.kernels import cuda_ops
+from qdiff_fx.kernels.triton_kernels import launch
+
+
+class Kernel:
+    """Stands in for a Triton kernel: keeps the grid and arguments of each launch."""
+
+    def __init__(self) -> None:
+        self.launches: list[tuple[tuple[int, ...], tuple[Any, ...], dict[str, Any]]] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return lambda *arguments, **options: self.launches.append((grid, arguments, options))
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> dict[str, Kernel]:
+    found = {name: Kernel() for name in ("implicit_gemm", "rescale", "attention")}
+    for name, kernel in found.items():
+        monkeypatch.setattr(launch, name, kernel)
+    monkeypatch.setattr(launch, "interpreted", lambda: False)
+    return found
+
+
+def on_fake_gpu(function: Any, arguments: tuple[Any, ...]) -> Tensor:
+    with FakeTensorMode() as mode:
+        moved = [
+            torch.empty_strided(item.shape, item.stride(), dtype=item.dtype, device="cuda")
+            if isinstance(item, Tensor)
+            else item
+            for item in arguments
+        ]
+        assert mode is not None
+        result: Tensor = function(*moved)
+    return result
+
+
+LAYERS = {
+    "conv W8": LayerCase(embedding=True, residual=True, carrier=torch.bfloat16),
+    "conv W4 requantized": LayerCase(stored="int4-shifted", requantize=True, silu=True, stride=(2, 2)),
+    "conv grouped": LayerCase(groups=2, dilation=(2, 2), padding=(2, 2), carrier=torch.float16),
+    "linear W8": LayerCase(kernel=None, residual=True, silu=True),
+    "linear W4": LayerCase(kernel=None, stored="int4", requantize=True),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_layer_is_one_launch(name: str, kernels: dict[str, Kernel]) -> None:
+    case = LAYERS[name]
+    prepared = prepare_layer(case)
+    function = cuda_ops._linear if case.kernel is None else cuda_ops._conv2d
+    result = on_fake_gpu(function, prepared.arguments)
+    assert result.device.type == "cuda" and result.shape == prepared.wanted.shape
+    assert result.dtype == prepared.wanted.dtype
+    ((grid, _, options),) = kernels["implicit_gemm"].launches
+    assert len(grid) <= 3 and options["enable_fp_fusion"] is False and not kernels["rescale"].launches
+
+
+@pytest.mark.parametrize("rows", [3, 40])
+def test_the_vendors_matmul_is_followed_by_one_launch(rows: int, kernels: dict[str, Kernel]) -> None:
+    prepared = prepare_layer(LayerCase(kernel=None, batch=1, height=rows, channels=16, outputs=24, residual=True))
+    names = [item.name for item in prepared.operator._schema.arguments]
+    arguments = dict(zip(names, prepared.arguments, strict=True)) | {"kernel": "int_mm"}
+    assert on_fake_gpu(cuda_ops._linear, tuple(arguments.values())).shape == prepared.wanted.shape
+    assert len(kernels["rescale"].launches) == 1 and not kernels["implicit_gemm"].launches
+
+
+@pytest.mark.parametrize("mask", [None, "bool", "float", "row"])
+def test_an_attention_is_one_launch(mask: str | None, kernels: dict[str, Kernel]) -> None:
+    case = AttentionCase(batch=2, queries=40, keys=33, mask=mask, causal=mask is None, carrier=torch.float16)
+    arguments = prepare_attention(replace(case, value_head=24)).arguments
+    assert on_fake_gpu(cuda_ops._attention, arguments).shape == (2, 2, 40, 24)
+    ((grid, _, _),) = kernels["attention"].launches
+    assert grid == (2, 4)
+
+
+def test_a_launcher_that_looked_at_data_would_fail_here() -> None:
+    with pytest.raises(DataDependentOutputException):
+        on_fake_gpu(lambda x: x.sum().item(), (torch.ones(3),))
