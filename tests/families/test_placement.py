@@ -89,7 +89,12 @@ def test_the_remedy_gives_a_pipeline_of_one_type(
     assert 0 < np.abs(seen - wanted).mean() < 0.1
     kept = _load(tmp_path, dtype=torch.bfloat16)
     assert set(_dtypes(kept).values()) == {torch.bfloat16}
-    assert np.array_equal(_images(kept), seen)
+    args, kwargs = chain("sd-2").calls[1]
+    call = (args[0].bfloat16(), *args[1:])
+    with torch.no_grad():
+        assert torch.equal(kept.unet(*call, **kwargs).sample, pipe.unet(*call, **kwargs).sample)
+    # The other parts come from another place in memory, where sums of bfloat16 may be taken in another order.
+    assert np.abs(_images(kept) - seen).mean() < 0.02
 
 
 def test_a_call_returns_the_type_of_its_sample(chain: Chain) -> None:
