@@ -86,7 +86,8 @@ class QDiffConfig:
         makes the output, as the published code does; for ablations (it costs 11 dB of pooled SQNR at W8A8).
       weight_observer, activation_observer: names in `qdiff_fx.observers.OBSERVERS`.
       rules: overrides by module path or operator; a rule that matches nothing warns.
-      weight_slack: share of uniform weight bytes that calibrate may spend on raising 4-bit layers to 8 bits.
+      weight_slack: share of uniform weight bytes that calibrate may spend on raising weights below 8 bits to 8, or,
+        where none is below, on keeping whole layers in the carrier type.
       activation_slack: share of the multiplications whose inputs calibrate may keep in the carrier type.
       equalize: let calibrate fold channel factors into weights and activation steps where they lower a layer's error.
       channel_shifts: let 4-bit weights take powers of two of those factors as shifts, up to 8x, exact in int8.

@@ -152,7 +152,7 @@ def decide(prepared: PreparedUNet, data: CalibrationSet, *, progress: bool | Non
             progress=progress,
         )
     spends = config.weight_slack > 0 or config.target_bytes is not None
-    raisable = spends and any(unit.quantizer.spec.bits < 8 for unit in weight_units(graph_module))
+    raisable = spends and bool(weight_units(graph_module))
     if not raisable and not (config.activation_slack > 0 and input_units(graph_module)):
         return Decisions(factors=factors, raises=kept)
     estimate = estimate_errors(graph_module, signature, data, seed=config.seed, progress=progress)

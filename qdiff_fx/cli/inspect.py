@@ -60,8 +60,9 @@ def run(arguments: Namespace) -> None:
         return
     print(f"{source.name} at {arguments.preset.upper()}\n")
     print("\n\n".join(_sections(inspection, layers=arguments.layers)))
-    if config.weight_slack > 0 and config.weight_bits <= 4:
-        print(f"\ncalibrate may raise 4-bit weights to 8 bits for at most {config.weight_slack:.0%} more bytes")
+    if config.weight_slack > 0:
+        raised = "raise 4-bit weights to 8 bits" if config.weight_bits <= 4 else "keep layers in the carrier type"
+        print(f"\ncalibrate may {raised} for at most {config.weight_slack:.0%} more bytes")
 
 
 def _inputs(source: Source, arguments: Namespace) -> CalibrationSet | None:

@@ -1,5 +1,6 @@
 """Error estimates, allocation, channel factors and targets on a tiny UNet."""
 
+import copy
 import gc
 from dataclasses import replace
 
@@ -8,12 +9,17 @@ import torch
 from diffusers import UNet2DModel
 
 import qdiff_fx
-from qdiff_fx.allocation.allocate import Candidate, allocate, choose
+from qdiff_fx.allocation.allocate import Candidate, allocate, choose, layer_candidates
 from qdiff_fx.allocation.channel_factors import choose_channel_factors
 from qdiff_fx.allocation.estimate import ErrorEstimate, error_at, estimate_errors
 from qdiff_fx.allocation.factor_search import channel_shifts, smoothing_factor
 from qdiff_fx.allocation.target import reach_target
-from qdiff_fx.allocation.units import input_units, total_multiplications, weight_units
+from qdiff_fx.allocation.units import (
+    input_units,
+    quantized_multiplications,
+    total_multiplications,
+    weight_units,
+)
 from qdiff_fx.calibration import CalibrationSet
 from qdiff_fx.errors import CalibrationError
 from qdiff_fx.fake_quantize import QuantizerMode, WeightQuantizer
@@ -88,6 +94,59 @@ def test_allocation_stays_within_its_slack(prepared: PreparedUNet, estimate: Err
     assert kept <= slack * total
     assert bool(raises) == (slack > 0)
     assert all(item.reason for item in raises)
+
+
+@pytest.fixture(scope="module")
+def eight(unet: UNet2DModel, data: CalibrationSet) -> PreparedUNet:
+    prepared = qdiff_fx.prepare(unet, qdiff_fx.QDiffConfig.preset("w8a8", **UNIFORM))
+    qdiff_fx.calibrate(prepared, data)
+    return prepared
+
+
+@pytest.mark.parametrize(("weight_slack", "activation_slack"), [(0.0, 0.2), (0.3, 0.0), (0.3, 0.2), (1.0, 1.0)])
+def test_whole_layers_go_to_the_carrier_type_within_both_slacks(
+    eight: PreparedUNet, data: CalibrationSet, weight_slack: float, activation_slack: float
+) -> None:
+    prepared = copy.deepcopy(eight)
+    graph_module = prepared.graph_module
+    estimate = estimate_errors(graph_module, prepared.signature, data, samples=16, batch_size=2)
+    units = {unit.target: unit for unit in weight_units(graph_module)}
+    before, quantized = sum(unit.bytes for unit in units.values()), quantized_multiplications(graph_module)
+    total = total_multiplications(graph_module)
+    raises = allocate(graph_module, estimate, weight_slack=weight_slack, activation_slack=activation_slack)
+    context = PassContext(config=prepared.qdiff_config, signature=prepared.signature)
+    ApplyRaises(raises).run(graph_module, context)
+    whole = [units[item.target] for item in raises if item.kind == "weight"]
+    assert bool(whole) == (weight_slack > 0)
+    assert sum(3 * unit.weight.numel() for unit in whole) <= weight_slack * before
+    moved = sum(quantized.values()) - sum(quantized_multiplications(graph_module).values())
+    assert moved <= activation_slack * total
+    left = {unit.target for unit in weight_units(graph_module)}
+    assert not left.intersection(unit.target for unit in whole)
+
+
+def test_a_whole_layer_gains_its_weights_and_its_inputs_error(eight: PreparedUNet, data: CalibrationSet) -> None:
+    graph_module = eight.graph_module
+    estimate = estimate_errors(graph_module, eight.signature, data, samples=16, batch_size=2)
+    own = {unit.name: unit.target for unit in input_units(graph_module) if len(unit.layers) == 1}
+    shared = {layer for unit in input_units(graph_module) if len(unit.layers) > 1 for layer in unit.layers}
+    assert own
+    assert shared
+    for candidate in layer_candidates(graph_module, estimate):
+        (layer,) = candidate.raised.layers
+        expected = estimate.weights[candidate.raised.target][8]
+        expected += estimate.inputs[own[layer]] if layer in own else 0.0
+        assert candidate.gain == pytest.approx(expected)
+        assert layer not in shared or layer not in own
+
+
+def test_a_choice_that_would_break_the_second_budget_is_passed_over() -> None:
+    def candidate(name: str, gain: float, multiplications: int) -> Candidate:
+        raised = Raise(kind="weight", target=name, layers=(name,), bits=None)
+        return Candidate(raised=raised, gain=gain, cost=10, multiplications=multiplications)
+
+    offered = [candidate("a", 9.0, 30), candidate("b", 2.0, 0), candidate("c", 5.0, 10)]
+    assert [item.raised.target for item in choose(offered, 100, 20)] == ["b", "c"]
 
 
 def test_an_input_is_not_raised_where_its_weight_lives_on_a_channel_factor(
