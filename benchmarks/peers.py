@@ -224,7 +224,9 @@ def _onnxruntime(unet: nn.Module, calls: Calls) -> Network:
     return Network(call=run, bytes=kept, bits="W8A8")
 
 
-def _ours(unet: nn.Module, calls: Calls, *, preset: str, learn: bool = False, leave: int = 0) -> Network:
+def _ours(
+    unet: nn.Module, calls: Calls, *, preset: str, learn: bool = False, leave: int = 0, **changes: Any
+) -> Network:
     import tempfile
     from pathlib import Path
 
@@ -235,7 +237,7 @@ def _ours(unet: nn.Module, calls: Calls, *, preset: str, learn: bool = False, le
         for name, module in unet.named_modules()
         if isinstance(module, (nn.Conv2d, nn.Linear)) and module.weight.numel() < leave
     )
-    prepared = qdiff_fx.prepare(unet, qdiff_fx.QDiffConfig.preset(preset, rules=left))
+    prepared = qdiff_fx.prepare(unet, qdiff_fx.QDiffConfig.preset(preset, rules=left, **changes))
     learning = qdiff_fx.ReconstructionConfig.preset("fast") if learn else None
     with torch.enable_grad():
         qdiff_fx.calibrate(prepared, list(calls), reconstruction=learning, progress=False)
@@ -263,6 +265,7 @@ PEERS: Mapping[str, Callable[[nn.Module, Calls], Network]] = {
     "full precision": _full_precision,
     "ours W8A8": partial(_ours, preset="w8a8"),
     "ours W4A8": partial(_ours, preset="w4a8"),
+    "ours W8A8, wide slacks": partial(_ours, preset="w8a8", weight_slack=0.10, activation_slack=0.25),
     "ours W8A8, small layers left": partial(_ours, preset="w8a8", leave=SMALL),
     "ours W4A8, small layers left": partial(_ours, preset="w4a8", leave=SMALL),
     "ours W4A32": partial(_ours, preset="w4a32"),

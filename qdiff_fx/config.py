@@ -23,6 +23,9 @@ _PRESETS: Mapping[str, tuple[int, int]] = {
     "w4a4": (4, 4),
 }
 
+_PRESET_SLACKS: Mapping[str, Mapping[str, float]] = {"w8a8": {"weight_slack": 0.0}}
+"""Where a preset's differ from the fields' defaults: all weights of w8a8 are integers unless asked (decision 062)."""
+
 
 def check_bits(name: str, bits: int) -> None:
     """Raise ConfigError unless `bits` is an integer width in [2, 8] or CARRIER_BITS."""
@@ -87,7 +90,7 @@ class QDiffConfig:
       weight_observer, activation_observer: names in `qdiff_fx.observers.OBSERVERS`.
       rules: overrides by module path or operator; a rule that matches nothing warns.
       weight_slack: share of uniform weight bytes that calibrate may spend on raising weights below 8 bits to 8, or,
-        where none is below, on keeping whole layers in the carrier type.
+        where none is below, on keeping whole layers in the carrier type; preset "w8a8" has 0.
       activation_slack: share of the multiplications whose inputs calibrate may keep in the carrier type.
       equalize: let calibrate fold channel factors into weights and activation steps where they lower a layer's error.
       channel_shifts: let 4-bit weights take powers of two of those factors as shifts, up to 8x, exact in int8.
@@ -147,7 +150,8 @@ class QDiffConfig:
         if name not in _PRESETS:
             raise ConfigError(f"preset {name!r}: want one of {', '.join(_PRESETS)}")
         weight_bits, activation_bits = _PRESETS[name]
-        return cls(**{"weight_bits": weight_bits, "activation_bits": activation_bits, **overrides})
+        widths: dict[str, Any] = {"weight_bits": weight_bits, "activation_bits": activation_bits}
+        return cls(**{**widths, **_PRESET_SLACKS.get(name, {}), **overrides})
 
     @property
     def query_key_value_bits(self) -> int:

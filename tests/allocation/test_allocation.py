@@ -149,6 +149,12 @@ def test_a_choice_that_would_break_the_second_budget_is_passed_over() -> None:
     assert [item.raised.target for item in choose(offered, 100, 20)] == ["b", "c"]
 
 
+def test_a_preset_may_have_slacks_of_its_own_and_overrides_win() -> None:
+    assert qdiff_fx.QDiffConfig.preset("w8a8").weight_slack == 0.0
+    assert qdiff_fx.QDiffConfig.preset("w8a8", weight_slack=0.1).weight_slack == 0.1
+    assert qdiff_fx.QDiffConfig.preset("w4a8").weight_slack == qdiff_fx.QDiffConfig().weight_slack
+
+
 def test_an_input_is_not_raised_where_its_weight_lives_on_a_channel_factor(
     prepared: PreparedUNet, estimate: ErrorEstimate
 ) -> None:
