@@ -202,6 +202,8 @@ def _quantize(demo: Demo, preset: str, data: CalibrationSet, yardstick: Yardstic
         demo.add(
             "ours", f"ours: the preset's defaults, {'simulated' if simulated else 'on integers'}", preset, measurement
         )
+        if not simulated:
+            demo.table[-1]["seconds_per_step"] = measurement.seconds_per_step
         integer_sqnr = yardstick.output_sqnr(quantized, f"integer {preset}") if simulated else measurement.sqnr
     with demo.stage(f"{name}: pictures from DDIMPipeline"):
         psnr = decibels(measurement.psnr.median_db)
@@ -279,7 +281,10 @@ def _document(demo: Demo, yardstick: Yardstick, data: CalibrationSet, shown: Con
             "evaluation_seed": EVALUATION_SEED,
             "backend": shown.backend,
         },
-        "reference": {"confident_share": confident_share(yardstick.reference.images)},
+        "reference": {
+            "confident_share": confident_share(yardstick.reference.images),
+            "seconds_per_step": yardstick.seconds_per_step,
+        },
         "table": demo.table,
         "sizes": demo.sizes,
         "integer_sqnr_pooled_db": shown.integer_sqnr_db,

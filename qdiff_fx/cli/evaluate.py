@@ -83,6 +83,7 @@ def run(arguments: Namespace) -> None:
     yardstick, measurement = yardsticks[0], measured[0]
     classified = arguments.model in BUNDLED
     row = table_row("ours", arguments.quantized, "as stored", measurement, classified=classified)
+    row["seconds_per_step"] = measurement.seconds_per_step
     full = 4 * sum(parameter.numel() for parameter in source.unet.parameters())
     stored = stored_bytes(quantized.folder)
     document: dict[str, Any] = {
@@ -96,7 +97,10 @@ def run(arguments: Namespace) -> None:
             "heldout_timesteps": len(yardstick.calls),
             "seed": arguments.seed,
         },
-        "reference": {"confident_share": confident_share(yardstick.reference.images) if classified else None},
+        "reference": {
+            "confident_share": confident_share(yardstick.reference.images) if classified else None,
+            "seconds_per_step": yardstick.seconds_per_step,
+        },
         "table": [row],
         "sizes": {"fp32": full, "fp16": full // 2, "quantized": stored},
         **network_entries(quantized.unet),

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from qdiff_fx.calibration.progress import progress_bar
@@ -45,12 +48,15 @@ class Measurement:
       psnr: of the images from the same noise.
       error_by_step: relative error of the sample after each step.
       images: [B, C, H, W], not clamped.
+      seconds_per_step: of a call of the network while it sampled, the median: on the wall clock, as it was handed in
+        (compiled or not).
     """
 
     sqnr: SqnrResult
     psnr: PsnrResult
     error_by_step: tuple[float, ...]
     images: Tensor
+    seconds_per_step: float
 
 
 class Yardstick:
@@ -80,6 +86,7 @@ class Yardstick:
         calls: list[HeldoutCall] = []
         with _Watched(reference, "full precision", progress, total=num_calls, on_call=calls.append) as watched:
             self.reference: Trajectory = sample(watched)
+        self.seconds_per_step: float = watched.seconds_per_call
         if not self.reference.steps:
             raise InputError("the sampler keeps no steps; pass keep_steps=True to it")
         kept = select_steps("uniform", len(calls), min(num_timesteps, len(calls)), seed=0)
@@ -107,6 +114,7 @@ class Yardstick:
             psnr=endpoint_psnr(self.reference.images, trajectory.images),
             error_by_step=tuple(trajectory_error(self.reference.steps, trajectory.steps)),
             images=trajectory.images,
+            seconds_per_step=watched.seconds_per_call,
         )
 
 
@@ -125,6 +133,12 @@ class _Watched:
         self._network, self._on_call = network, on_call
         self._bar = progress_bar(description, total=total, progress=progress)
         self._evaluating = evaluating(network)
+        self._seconds: list[float] = []
+
+    @property
+    def seconds_per_call(self) -> float:
+        """Median over the calls so far; 0 if there were none."""
+        return median(self._seconds or [0.0])
 
     def __enter__(self) -> _Watched:
         self._evaluating.__enter__()
@@ -135,7 +149,11 @@ class _Watched:
         self._evaluating.__exit__(*exception)
 
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor]:
+        started = time.perf_counter()
         output = output_tensor(self._network(*args, **kwargs))
+        if output.is_cuda:
+            torch.cuda.synchronize(output.device)
+        self._seconds.append(time.perf_counter() - started)
         if self._on_call is not None:
             timestep = next(_scalars(args[1:], kwargs), None)
             self._on_call(HeldoutCall(args=args, kwargs=kwargs, timestep=timestep, output=output))

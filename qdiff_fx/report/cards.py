@@ -32,7 +32,9 @@ def _sizes(run: Mapping[str, Any]) -> Iterator[Card]:
 
 
 def _speeds(run: Mapping[str, Any]) -> Iterator[Card]:
-    """Seconds a step, in runs that timed both networks."""
+    """Seconds a step, in runs that timed both networks: on the wall clock, so other work beside them counts."""
+    samples = (run.get("settings") or {}).get("samples")
+    batch = f" of {samples} samples" if samples else ""
     reference = (run.get("reference") or {}).get("seconds_per_step")
     for row in run.get("table") or ():
         seconds = row.get("seconds_per_step")
@@ -41,7 +43,8 @@ def _speeds(run: Mapping[str, Any]) -> Iterator[Card]:
                 label=f"{row['preset'].upper()} speed",
                 value=f"{reference / seconds:.2f}×",
                 unit="of full precision's",
-                detail=f"{1e3 * seconds:.1f} ms a step, {1e3 * reference:.1f} ms in full precision",
+                detail=f"{1e3 * seconds:.1f} ms a step{batch}, {1e3 * reference:.1f} ms in full precision; "
+                "neither is compiled",
             )
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ from diffusers import DDIMScheduler
 from torch import Tensor, nn
 
 from qdiff_fx.errors import InputError
-from qdiff_fx.evaluation import Trajectory, endpoint_psnr, output_sqnr, sample_ddim, sample_ddim_guided
+from qdiff_fx.evaluation import Trajectory, endpoint_psnr, output_sqnr, sample_ddim, sample_ddim_guided, study
 from qdiff_fx.evaluation.study import Yardstick
 
 
@@ -49,6 +51,14 @@ def test_heldout_calls_are_evenly_spaced_with_first_and_last() -> None:
     calls = Yardstick(Network(), sampler, num_timesteps=3).calls
     assert [call.timestep for call in calls] == [852.0, 426.0, 0.0]
     assert torch.equal(calls[0].args[0], NOISE)
+
+
+def test_seconds_of_a_step_are_counted_around_the_networks_calls_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = itertools.count()
+    monkeypatch.setattr(study, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
+    yardstick = Yardstick(Network(), sampler, num_timesteps=3)
+    assert next(ticks) == 14  # two looks at the clock a call
+    assert yardstick.seconds_per_step == yardstick.measure(Network(0.1)).seconds_per_step == 1.0
 
 
 def test_both_yardsticks_agree_with_their_direct_measurement() -> None:
