@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,17 +140,7 @@ def decide(prepared: PreparedUNet, data: CalibrationSet, *, progress: bool | Non
         names = ", ".join(name for item in kept for name in item.layers)
         logger.warning("softmax stays in the carrier type, %d bits would ruin it: %s", config.softmax_bits, names)
         _apply(prepared, graph_module, kept)
-    factors: tuple[FactorChoice, ...] = ()
-    if config.equalize and input_units(graph_module):
-        factors = choose_channel_factors(
-            graph_module,
-            signature,
-            data,
-            shifts=config.channel_shifts,
-            iterations=config.factor_iterations,
-            seed=config.seed,
-            progress=progress,
-        )
+    factors = _choose_factors(prepared, data, None, progress)
     spends = config.weight_slack > 0 or config.target_bytes is not None
     raisable = spends and bool(weight_units(graph_module))
     if not raisable and not (config.activation_slack > 0 and input_units(graph_module)):
@@ -163,7 +153,31 @@ def decide(prepared: PreparedUNet, data: CalibrationSet, *, progress: bool | Non
         activation_slack=config.activation_slack,
     )
     _apply(prepared, graph_module, raises)
+    widened = {layer for item in raises if item.kind == "weight" and item.bits for layer in item.layers}
+    anew = _choose_factors(prepared, data, widened, progress)  # what does not pay at 4 bits may pay at 8
+    judged = {layer for choice in anew for layer in choice.layers}
+    factors = (*(choice for choice in factors if judged.isdisjoint(choice.layers)), *anew)
     return Decisions(factors=factors, raises=(*kept, *raises), estimate=estimate)
+
+
+def _choose_factors(
+    prepared: PreparedUNet, data: CalibrationSet, layers: Collection[str] | None, progress: bool | None
+) -> tuple[FactorChoice, ...]:
+    """Channel factors as the config asks; of the tensors that some of `layers` read, if it is given."""
+    config = prepared.qdiff_config
+    nothing = layers is not None and not layers
+    if not config.equalize or nothing or not input_units(prepared.graph_module):
+        return ()
+    return choose_channel_factors(
+        prepared.graph_module,
+        prepared.signature,
+        data,
+        layers=layers,
+        shifts=config.channel_shifts,
+        iterations=config.factor_iterations,
+        seed=config.seed,
+        progress=progress,
+    )
 
 
 def learn_blocks(

@@ -6,7 +6,7 @@ At run time it costs nothing (the quantize step multiplies with a vector instead
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -65,6 +65,7 @@ def choose_channel_factors(
     signature: CallSignature,
     data: CalibrationSet,
     *,
+    layers: Collection[str] | None = None,
     shifts: bool = True,
     iterations: int = 0,
     samples: int = 96,
@@ -79,12 +80,19 @@ def choose_channel_factors(
     falls by more than `OWN_STEP_GAIN_DB` with a quantize step of their own.
 
     Args:
+      layers: try tensors that one of these reads and that have no factor yet; None tries all.
       shifts: also try candidates with channel shifts at 4-bit weights.
       iterations: steps of learning from the best candidate on; what it finds is kept only where it wins.
 
     Left alone: inputs of layers in the carrier type, weights that several calls share, attention operands.
     """
-    readers = {str(node.target): readers_of(graph_module, node) for node in input_nodes(graph_module)}
+    readers = {
+        str(node.target): found
+        for node in input_nodes(graph_module)
+        if (found := readers_of(graph_module, node)) and (layers is None or _open(found, layers))
+    }
+    if not readers:
+        return ()
     choices: list[FactorChoice] = []
     alone: list[_Alone] = []
 
@@ -94,7 +102,7 @@ def choose_channel_factors(
     with progress_bar("channel factors", total=len(readers), progress=progress) as bar:
 
         def on_input(target: str, quantizer: ActivationQuantizer, x: Tensor) -> Tensor:
-            if readers.get(target):
+            if target in readers:
                 choices.extend(
                     _choose(
                         partial(search_factor, quantizer, x, shifts=shifts, iterations=iterations),
@@ -104,7 +112,7 @@ def choose_channel_factors(
                         alone,
                     )
                 )
-            bar.update(1)
+                bar.update(1)
             return x
 
         probe = Probe(graph_module, on_weight=on_weight, on_input=on_input)
@@ -120,6 +128,12 @@ def choose_channel_factors(
     for item in alone:
         item.found.install(own.created[item.reader.call.node], (item.reader,))
     return tuple(choices)
+
+
+def _open(readers: Sequence[Reader], layers: Collection[str]) -> bool:
+    """Whether one of `layers` is among the readers, and their tensor has no factor."""
+    free = all(reader.quantizer.channel_factor is None for reader in readers)
+    return free and any(LAYER.require(reader.call.node).name in layers for reader in readers)
 
 
 @dataclass(frozen=True, kw_only=True)

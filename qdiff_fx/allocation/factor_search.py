@@ -25,6 +25,10 @@ EXPONENTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 SILENT = 2.0**-10
 """A channel that was silent in calibration counts as this share of the layer's median maximum."""
 
+REDRAWN_GAIN_DB = 2.0
+"""What a factor must gain where it rounds weights of fewer than 8 bits anew. Another draw of the same rounding errors
+moves the end point by as much, whatever the layer's own error says (docs/decisions/070)."""
+
 _SEARCHED_VALUES = 65536
 _COARSE_VALUES, _COARSE_RANGES, _COARSE_ROWS = 8192, 10, 3
 """While candidates are compared: values and clipping ranges searched, and every n-th row; the winner gets all."""
@@ -123,6 +127,8 @@ def search_factor(
 ) -> Found:
     """Judge every candidate for the tensor `x` by what `readers` make of it; "off" wins ties. Nothing is installed.
 
+    Where a reader has a weight of fewer than 8 bits, "off" also wins against less than `REDRAWN_GAIN_DB`.
+
     Args:
       shifts: also try candidates with channel shifts where a reader has 4-bit weights.
       iterations: steps of learning from the best candidate on; the result is kept only where it wins.
@@ -153,7 +159,9 @@ def search_factor(
         factor = refine_factor(best.factor, quantizer, found.qparams, readers, found.fitted, x, iterations)
         learned = judge(replace(best, factor=factor, learned=True), coarse=False)
         found = min(found, learned, key=lambda item: item.errors.score)
-    if found.errors.score < off.score and found.errors.joint <= off.joint:
+    redrawn = any(reader.quantizer.spec.bits < 8 for reader in readers)
+    wanted = 10.0 ** (-REDRAWN_GAIN_DB / 10.0) if redrawn else 1.0
+    if found.errors.score < off.score and found.errors.joint <= wanted * off.joint:
         return found
     return Found(candidate=None, off=off, errors=off, rounded=rounded_plain, qparams=None, fitted=plain)
 

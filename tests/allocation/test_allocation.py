@@ -9,8 +9,9 @@ import torch
 from diffusers import UNet2DModel
 
 import qdiff_fx
+from qdiff_fx.allocation import factor_search
 from qdiff_fx.allocation.allocate import Candidate, allocate, choose, layer_candidates
-from qdiff_fx.allocation.channel_factors import choose_channel_factors
+from qdiff_fx.allocation.channel_factors import FactorChoice, choose_channel_factors
 from qdiff_fx.allocation.estimate import ErrorEstimate, error_at, estimate_errors
 from qdiff_fx.allocation.factor_search import channel_shifts, smoothing_factor
 from qdiff_fx.allocation.target import reach_target
@@ -210,6 +211,38 @@ def test_factors_never_raise_the_error_on_the_samples_they_were_chosen_on(
     choices = choose_channel_factors(prepared.graph_module, prepared.signature, data)
     assert choices
     assert all(choice.gain_db >= 0.0 for choice in choices)
+
+
+def test_four_bit_weights_are_rounded_anew_for_a_clear_gain_only(
+    prepared: PreparedUNet, data: CalibrationSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def chosen(minimum: float) -> list[FactorChoice]:
+        monkeypatch.setattr(factor_search, "REDRAWN_GAIN_DB", minimum)
+        twin = copy.deepcopy(prepared)
+        narrow = {unit.name for unit in weight_units(twin.graph_module) if unit.quantizer.spec.bits < 8}
+        choices = choose_channel_factors(twin.graph_module, twin.signature, data)
+        return [item for item in choices if item.exponent is not None and not narrow.isdisjoint(item.layers)]
+
+    assert any(choice.gain_db < 0.5 for choice in chosen(0.0))
+    assert all(choice.gain_db >= 0.5 for choice in chosen(0.5))
+    assert chosen(99.0) == []
+
+
+def test_factors_are_judged_again_at_the_widths_that_layers_are_raised_to(
+    unet: UNet2DModel, data: CalibrationSet
+) -> None:
+    prepared = qdiff_fx.prepare(unet, qdiff_fx.QDiffConfig.preset("w4a8", weight_slack=0.5))
+    report = qdiff_fx.calibrate(prepared, data)
+    raised = {name for row in report.raises if row["kind"] == "weight" for name in row["layers"]}
+    named = [name for row in report.factors for name in row["layers"]]
+    assert len(named) == len(set(named)), "each layer's tensor stands in the report once"
+    factors = {name for row in report.factors if row["exponent"] is not None for name in row["layers"]}
+    with_factor = {
+        unit.name for unit in weight_units(prepared.graph_module) if unit.quantizer.channel_factor is not None
+    }
+    assert with_factor <= factors
+    small = [row for row in report.factors if 0.0 < row["gain_db"] < factor_search.REDRAWN_GAIN_DB]
+    assert any(not raised.isdisjoint(row["layers"]) for row in small), "at 4 bits it would have been refused"
 
 
 def test_smoothing_factor_has_geometric_mean_one_and_survives_silent_channels() -> None:
