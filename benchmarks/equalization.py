@@ -11,11 +11,13 @@ import argparse
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import qdiff_fx
+from provenance import commit
 from qdiff_fx.cli.sources import Source, open_source
 from qdiff_fx.errors import QDiffWarning
 from qdiff_fx.evaluation.study import Yardstick
@@ -66,18 +68,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder of finished cells")
     parser.add_argument("--docs", type=Path, default=Path("docs"))
+    parser.add_argument("--cells", nargs="*", default=["*"], help="patterns of cells to measure; written are all")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore", QDiffWarning)  # W4A4 is doubtful; its figures are in the table
     yardsticks: dict[str, tuple[Source, Yardstick]] = {}
     for cell in cells():
         path = arguments.work / cell.file
-        if not path.exists():
+        if not path.exists() and any(fnmatch(path.stem, pattern) for pattern in arguments.cells):
             if cell.model not in yardsticks:
                 yardsticks[cell.model] = _yardstick(cell.model)
-            write_json(path, vars(cell) | _measure(cell, *yardsticks[cell.model], arguments.work))
+            write_json(
+                path, vars(cell) | {"commit": commit()} | _measure(cell, *yardsticks[cell.model], arguments.work)
+            )
             row = read_json(path)
             print(*vars(cell).values(), " ".join(f"{row[name]:.1f}" for name in FIGURES), flush=True)
-        _write(arguments.work, arguments.docs)
+            _write(arguments.work, arguments.docs)
+    _write(arguments.work, arguments.docs)
 
 
 def _yardstick(model: str) -> tuple[Source, Yardstick]:
@@ -115,10 +121,11 @@ def _write(work: Path, docs: Path) -> None:
         "",
         "Written by `benchmarks/equalization.py`: presets with their default slacks, rounded to nearest, 320",
         f"calibration rows; means over seeds. End point: DDIM-{STEPS}, {IMAGES} samples from the same noise,",
-        "median over samples. Change: against the row without factors, in the mean over seeds.",
+        "median over samples. Change: against the row without factors, in the mean over seeds. Commit: the row was",
+        "measured at; earlier: before factors had to gain 2 dB to round 4-bit weights anew (decisions/070).",
         "",
-        "| model | preset | arm | seeds | pooled, dB | median, dB | end point, dB | change, dB |",
-        "|---|---|---|---|---|---|---|---|",
+        "| model | preset | arm | seeds | pooled, dB | median, dB | end point, dB | change, dB | commit |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for row in sorted(rows, key=lambda row: (list(MODELS).index(row["model"]), list(SEEDS).index(row["preset"]))):
@@ -127,7 +134,8 @@ def _write(work: Path, docs: Path) -> None:
         figures = [mean(row[name] for row in found) for name in FIGURES]
         off = groups.get((model, preset, "off"), [])
         change = " / ".join(_change(found, off, name) for name in FIGURES) if arm != "off" else "–"
-        cells_ = (model, preset.upper(), arm, str(len(found)), *(f"{value:.1f}" for value in figures), change)
+        commits = ", ".join(sorted({row.get("commit", "earlier") for row in found}))
+        cells_ = (model, preset.upper(), arm, str(len(found)), *(f"{value:.1f}" for value in figures), change, commits)
         lines.append(f"| {' | '.join(cells_)} |")
     write_bytes(docs / "results-equalization.md", ("\n".join(lines) + "\n").encode())
 

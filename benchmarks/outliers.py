@@ -12,6 +12,7 @@ import copy
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder of finished rows")
     parser.add_argument("--docs", type=Path, default=Path("docs"))
     parser.add_argument("--models", nargs="*", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--cells", nargs="*", default=["*"], help="patterns of rows to measure; written are all")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore", QDiffWarning)  # ruined models are the point; their figures are in the table
     for model in arguments.models:
@@ -78,7 +80,7 @@ def main() -> None:
         data, held = samples(source, MODELS[model], arguments.work)
         for cell in cells(model):
             path = arguments.work / cell.file
-            if not path.exists():
+            if not path.exists() and any(fnmatch(path.stem, pattern) for pattern in arguments.cells):
                 baseline = arguments.work / Cell(model, "none", 1, cell.preset, "equalised").file
                 write_json(path, _measure(cell, source.unet, data, held, baseline))
                 row = read_json(path)
