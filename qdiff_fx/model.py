@@ -59,6 +59,16 @@ def _compiler_options(backend: Any) -> dict[str, Any]:
     return unguarded | ({"size_asserts": False} if backend in (None, "inductor") else {})
 
 
+def _keeping_types(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """`fn` without its casts: scales stay float32, unrounded, under a cast to the carrier type."""
+
+    def moved(tensor: Tensor) -> Tensor:
+        result = fn(tensor)
+        return result if result.dtype == tensor.dtype else tensor.to(result.device)
+
+    return moved
+
+
 class GraphUNet(ModelMixin, ConfigMixin):
     """A captured network behind the original's call.
 
@@ -210,7 +220,7 @@ class PreparedUNet(GraphUNet):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # A cast would reach the original module too, whose parameters these are.
         self._refuse_cast(fn, "change the original before prepare(), or use")
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(_keeping_types(fn), recurse)  # type: ignore[no-untyped-call]
         return self
 
 
@@ -355,8 +365,7 @@ class QuantizedUNet(GraphUNet):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self._refuse_cast(fn, "use")
         moves = fn(torch.empty(0, device=self.device)).device != self.device
-        # Scales stay float32 under a cast to the carrier type.
-        super()._apply(lambda tensor: fn(tensor).to(tensor.dtype), recurse)  # type: ignore[no-untyped-call]
+        super()._apply(_keeping_types(fn), recurse)  # type: ignore[no-untyped-call]
         if moves:
             self.__dict__["_separate"] = None
             self._placement = fn(torch.empty(0, device=self.device)).device

@@ -245,6 +245,9 @@ def test_convert_makes_a_bfloat16_model_close_to_the_float32_one(preparer: Prepa
     assert signal_to_noise(float32(x, t), seen) > 25
     dtypes = {tensor.dtype for name, tensor in bfloat16.plan.state_dict().items() if name.endswith(("_scale",))}
     assert dtypes == {torch.float32}, "scales are not rounded"
+    before = {name: tensor.clone() for name, tensor in bfloat16.state_dict().items()}
+    after = bfloat16.to(torch.bfloat16).state_dict()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items()), "nor by a cast to what it is"
 
 
 def test_a_bfloat16_unet_keeps_its_timesteps(preparer: Preparer, unconditional: nn.Module) -> None:
