@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from cuda_cases import AttentionCase, LayerCase, prepare_attention, prepare_layer
+from fake_gpu import fake_gpu
 from qdiff_fx.kernels import cuda_ops
 from qdiff_fx.kernels.triton_kernels import launch
 
@@ -35,14 +36,13 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> dict[str, Kernel]:
 
 
 def on_fake_gpu(function: Any, arguments: tuple[Any, ...]) -> Tensor:
-    with FakeTensorMode() as mode:
+    with fake_gpu():
         moved = [
             torch.empty_strided(item.shape, item.stride(), dtype=item.dtype, device="cuda")
             if isinstance(item, Tensor)
             else item
             for item in arguments
         ]
-        assert mode is not None
         result: Tensor = function(*moved)
     return result
 

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import qdiff_fx
 from architectures import abstract_plan
+from fake_gpu import fake_gpu
 from qdiff_fx.errors import NonFiniteError
 from qdiff_fx.graph.edit import get_tensor, set_tensor
 from qdiff_fx.graph.propagate import size_hint
@@ -231,7 +231,7 @@ def traced_on_fake_gpu(lowered: fx.GraphModule) -> tuple[fx.GraphModule, dict[st
     """
     set_device(lowered.graph, torch.device("cuda"))
     lowered.recompile()
-    with FakeTensorMode():
+    with fake_gpu():
         for node in lowered.graph.nodes:
             if node.op == "get_attr":
                 tensor = get_tensor(lowered, node.target)
