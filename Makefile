@@ -16,8 +16,8 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 WORKERS ?= auto
 RESULTS ?= runs/results
-ONE_CORE := "method/full precision/*" "method/linear*"
-OTHER_CORE := "method/ours W*A8/*" "method/[!fl]*" "growth/*" "calibration/*" "guidance/*"
+ONE_CORE := "method/full precision/*" "method/linear*" "growth/*" "calibration/*"
+OTHER_CORE := "method/ours W*A8/*" "method/[!fl]*" "guidance/*"
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
