@@ -36,7 +36,7 @@ def calls(network: nn.Module, count: int = 2) -> list[Call]:
 
 @pytest.fixture(scope="module")
 def calibrated(unconditional: nn.Module) -> Any:
-    prepared = qdiff_fx.prepare(unconditional, qdiff_fx.QDiffConfig.preset("w8a8", equalize=False))
+    prepared = qdiff_fx.prepare(unconditional, qdiff_fx.QDiffConfig.preset("w8a8", equalize=False, weight_slack=0.0))
     qdiff_fx.calibrate(prepared, [(call.args, dict(call.kwargs)) for call in calls(unconditional, 10)])
     return prepared
 
