@@ -175,8 +175,8 @@ def _attention_tiles(*shapes: tuple[int, int, int, int]) -> tuple[AttentionTile,
 
 
 ATTENTION_TILES: Mapping[int, tuple[AttentionTile, ...]] = {
-    64: _attention_tiles((64, 64, 8, 3), (128, 64, 8, 3), (128, 32, 8, 3), (64, 32, 4, 3)),
-    128: _attention_tiles((64, 64, 8, 3), (128, 32, 8, 3), (64, 32, 4, 3)),
+    64: _attention_tiles((64, 64, 8, 3)),
+    128: _attention_tiles((64, 64, 8, 3)),
     256: _attention_tiles((64, 64, 8, 2)),
 }
 """Shapes of the attention kernel, the one that is taken without timings first, by elements of a head that it holds."""
