@@ -23,8 +23,8 @@ _PRESETS: Mapping[str, tuple[int, int]] = {
     "w4a4": (4, 4),
 }
 
-_PRESET_SLACKS: Mapping[str, Mapping[str, float]] = {"w8a8": {"weight_slack": 0.0}}
-"""Where a preset's differ from the fields' defaults: all weights of w8a8 are integers unless asked (decision 062)."""
+_PRESET_SLACKS: Mapping[str, Mapping[str, float]] = {"w8a8": {"weight_slack": 0.0}, "w8a32": {"weight_slack": 0.0}}
+"""Where a preset's differ from the fields' defaults: 8-bit weights stay integers unless asked (decision 062)."""
 
 
 def check_bits(name: str, bits: int) -> None:
@@ -90,7 +90,7 @@ class QDiffConfig:
       weight_observer, activation_observer: names in `qdiff_fx.observers.OBSERVERS`.
       rules: overrides by module path or operator; a rule that matches nothing warns.
       weight_slack: share of uniform weight bytes that calibrate may spend on raising weights below 8 bits to 8, or,
-        where none is below, on keeping whole layers in the carrier type; preset "w8a8" has 0.
+        where none is below, on keeping whole layers in the carrier type; presets "w8a8" and "w8a32" have 0.
       activation_slack: share of the multiplications whose inputs calibrate may keep in the carrier type.
       equalize: let calibrate fold channel factors into weights and activation steps where they lower a layer's error.
       channel_shifts: let 4-bit weights take powers of two of those factors as shifts, up to 8x, exact in int8.
