@@ -75,7 +75,8 @@ def test_timestep_arithmetic_stays_float32_and_the_rest_runs_in_bfloat16(
     args, kwargs = calls_of(unet)[1]
     float32 = qdiff_fx.convert(prepared, backend="reference")
     with torch.no_grad():
-        seen = converted(*args, **kwargs).sample
+        assert converted(*args, **kwargs).sample.dtype == torch.float32  # the caller's type
+        seen = converted(args[0].to(torch.bfloat16), *args[1:], **kwargs).sample
         assert seen.dtype == torch.bfloat16
         # The carrier's 8 bits, rounded in every operator: tens of roundings of 2^-9 leave 35 dB or so.
         assert signal_to_noise(float32(*args, **kwargs).sample, seen) > 25
