@@ -30,6 +30,9 @@ PUBLISHED_RATIO = 200
 CHECKPOINTS = (10, 25, 50, 75, 90, 100)
 PLOTS = {"growth": "studies-growth.png", "activations": "studies-activations.png", "shortcuts": "studies-shortcuts.png"}
 
+SPLIT_MODEL = "fashion-uncond"
+"""Of the two models in the reconstruction benchmark, the one that the studies are about."""
+
 
 def write_page(docs: Path, rows: Rows, plan: Mapping[str, Sampling | None]) -> None:
     """Write page, JSON and plots.
@@ -196,7 +199,8 @@ def _against_uniform(count: int, found: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _split(path: Path) -> str:
-    cells = {row["cell"]: row for row in read_json(path)["cells"]} if path.is_file() else {}
+    rows = read_json(path)["cells"] if path.is_file() else []
+    cells = {row["cell"]: row for row in rows if row["model"] == SPLIT_MODEL}
     lines, gains = [], []
     for width in ("W8A8", "W4A32", "W4A8", "W4A6", "W4A4"):
         off, on = cells.get(f"{width}/RTN MSE"), cells.get(f"{width}/split")

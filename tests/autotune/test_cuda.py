@@ -164,6 +164,9 @@ KERNELS = {
     "slow": ("triton", Tile(rows=32, outputs=32, depth=32, warps=4, stages=1)),
     "quick": ("triton", Tile(rows=16, outputs=64, depth=64, warps=4, stages=1)),
 }
+LINEAR = LayerSize(
+    x_shape=(2, 16), weight_shapes=((8, 16),), geometry=None, dtype=torch.float32, quantized_alone=False, weights="int8"
+)
 
 
 @pytest.mark.parametrize("alone", [False, True])
@@ -194,17 +197,9 @@ def test_grouped_weights_and_the_vendors_matmul_run_too() -> None:
         weights="int4 with shifts",
     )
     assert cuda.measure_layer(grouped, KERNELS, torch.device("cpu")).kernel in KERNELS
-    linear = LayerSize(
-        x_shape=(2, 16),
-        weight_shapes=((8, 16),),
-        geometry=None,
-        dtype=torch.float32,
-        quantized_alone=False,
-        weights="int8",
-    )
     kernels = {**KERNELS, "int_mm": ("int_mm", KERNELS["slow"][1])}
     clock = partial(in_order, [3e-6, 2e-6, 1e-6, 4e-6])
-    assert cuda.measure_layer(linear, kernels, torch.device("cpu"), clock).kernel == "int_mm"
+    assert cuda.measure_layer(LINEAR, kernels, torch.device("cpu"), clock).kernel == "int_mm"
 
 
 @pytest.mark.parametrize("mask", [None, ((1, 1, 1, 7), torch.bool), ((5, 7), torch.float16)])
@@ -228,16 +223,8 @@ def test_a_kernel_that_does_not_fit_the_gpu_is_left_out(
         actual(*arguments)
 
     monkeypatch.setattr(launch, "linear", limited)
-    size = LayerSize(
-        x_shape=(2, 16),
-        weight_shapes=((8, 16),),
-        geometry=None,
-        dtype=torch.float32,
-        quantized_alone=False,
-        weights="int8",
-    )
     clock = partial(in_order, [3e-6, 4e-6])
-    assert cuda.measure_layer(size, KERNELS, torch.device("cpu"), clock).kernel == "slow"
+    assert cuda.measure_layer(LINEAR, KERNELS, torch.device("cpu"), clock).kernel == "slow"
     assert "quick" in caplog.text and "shared memory" in caplog.text
     with pytest.raises(BackendError, match="none of quick fits this GPU"):
-        cuda.measure_layer(size, {"quick": KERNELS["quick"]}, torch.device("cpu"), clock)
+        cuda.measure_layer(LINEAR, {"quick": KERNELS["quick"]}, torch.device("cpu"), clock)

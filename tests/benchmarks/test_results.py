@@ -69,12 +69,12 @@ def test_whether_a_published_effect_shows_is_computed(tmp_path: Path, last: floa
 
 
 def test_the_split_is_read_from_the_reconstruction_benchmark(tmp_path: Path) -> None:
-    def cell(name: str, pooled: float) -> dict[str, Any]:
-        return {"cell": name, "pooled_db": pooled, "median_db": pooled, "endpoint_db": pooled}
+    def cell(name: str, pooled: float, model: str = "fashion-uncond") -> dict[str, Any]:
+        return {"cell": name, "model": model, "pooled_db": pooled, "median_db": pooled, "endpoint_db": pooled}
 
-    write_json(
-        tmp_path / "results-reconstruction.json", {"cells": [cell("W4A8/RTN MSE", 20.0), cell("W4A8/split", 20.4)]}
-    )
+    other = cell("W4A8/split", 15.0, "fashion-cond")
+    cells = [cell("W4A8/RTN MSE", 20.0), cell("W4A8/split", 20.4), other]
+    write_json(tmp_path / "results-reconstruction.json", {"cells": cells})
     text = page(tmp_path, [method("full precision", 1, 10.0)])
     assert "| W4A8 | 20.0 -> 20.4 |" in text
     assert "The effect does NOT show: the split gains +0.4 to +0.4 dB" in text
