@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import inspect
 import logging
-import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -45,6 +44,7 @@ from qdiff_fx.identity import digest, run_identity
 from qdiff_fx.kernels import select_backend
 from qdiff_fx.lowering import check_choices
 from qdiff_fx.model import PreparedUNet, QuantizedUNet
+from qdiff_fx.numerics.metrics import finite_or_none
 from qdiff_fx.passes.base import PassContext, run_passes
 from qdiff_fx.passes.carrier import set_carrier
 from qdiff_fx.passes.convert import CONVERT
@@ -194,9 +194,9 @@ def _calibrate(
         sensitivity=error_rows(prepared, decisions),
         quality={
             "samples": len(held),
-            "pooled_db": _finite_or_none(quality.pooled_db),
-            "median_db": _finite_or_none(quality.median_db),
-            "by_timestep": [[timestep, _finite_or_none(value)] for timestep, value in quality.by_timestep.items()],
+            "pooled_db": finite_or_none(quality.pooled_db),
+            "median_db": finite_or_none(quality.median_db),
+            "by_timestep": [[timestep, finite_or_none(value)] for timestep, value in quality.by_timestep.items()],
             "accepted": guard(quality, decisions, prepared),
         },
     )
@@ -394,8 +394,3 @@ def _finish_short_way(prepared: PreparedUNet) -> None:
         len(factors),
     )
     prepared.calibrated = True
-
-
-def _finite_or_none(decibel: float) -> float | None:
-    """JSON knows no infinity: None stands for equal outputs."""
-    return decibel if math.isfinite(decibel) else None

@@ -24,6 +24,7 @@ from qdiff_fx.evaluation.arms import ARMS, STUDY_PRESETS, Arm, pass_activations,
 from qdiff_fx.evaluation.study import Measurement, Yardstick
 from qdiff_fx.fake_quantize import QuantizerMode
 from qdiff_fx.kernels.machine import describe_machine
+from qdiff_fx.numerics.metrics import finite_or_none
 from qdiff_fx.report import documents, plots
 from qdiff_fx.report.block_graph import block_graph
 from qdiff_fx.report.html import write_report
@@ -289,7 +290,7 @@ def _document(demo: Demo, yardstick: Yardstick, data: CalibrationSet, shown: Con
         "sizes": demo.sizes,
         "integer_sqnr_pooled_db": shown.integer_sqnr_db,
         "shown_psnr_db": {
-            row.title: documents.finite(endpoint_psnr(demo.rows[0].images * 2 - 1, row.images * 2 - 1).median_db)
+            row.title: finite_or_none(endpoint_psnr(demo.rows[0].images * 2 - 1, row.images * 2 - 1).median_db)
             for row in demo.rows[1:]
         },
         "shortcuts": shown.inspection.to_dict()["shortcuts"],

@@ -1,6 +1,6 @@
 """Distances between a reference and its approximation, in decibels; sums are float64."""
 
-from math import inf, log10
+from math import inf, isfinite, log10
 
 import torch
 from jaxtyping import Float
@@ -33,6 +33,11 @@ def psnr_db(reference: Float[Tensor, "..."], approximation: Float[Tensor, "..."]
     if not data_range > 0 or not reference.numel():
         raise InputError(f"data_range={data_range}, {reference.numel()} values: want a positive range and some values")
     return _ratio_db(data_range**2, _squared_error(reference, approximation) / reference.numel())
+
+
+def finite_or_none(decibels: float) -> float | None:
+    """For JSON, which has no infinity: None stands for equal signals."""
+    return decibels if isfinite(decibels) else None
 
 
 def _squared_error(reference: Tensor, approximation: Tensor) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from qdiff_fx.graph.meta import BLOCK, LAYER
 from qdiff_fx.kernels.machine import describe_machine
 from qdiff_fx.lowering import LoweringReport
 from qdiff_fx.model import QuantizedUNet
+from qdiff_fx.numerics.metrics import finite_or_none
 from qdiff_fx.report.block_graph import block_graph
 from qdiff_fx.report.inspection import Inspection
 
@@ -153,19 +153,14 @@ def table_row(arm: str, title: str, preset: str, measurement: Measurement, *, cl
         "arm": arm,
         "title": title,
         "preset": preset,
-        "sqnr_pooled_db": finite(measurement.sqnr.pooled_db),
-        "sqnr_median_db": finite(measurement.sqnr.median_db),
-        "sqnr_by_timestep": [[timestep, finite(value)] for timestep, value in measurement.sqnr.by_timestep.items()],
-        "psnr_median_db": finite(measurement.psnr.median_db),
-        "psnr_by_sample": [finite(value) for value in measurement.psnr.by_sample],
+        "sqnr_pooled_db": finite_or_none(measurement.sqnr.pooled_db),
+        "sqnr_median_db": finite_or_none(measurement.sqnr.median_db),
+        "sqnr_by_timestep": [[timestep, finite_or_none(db)] for timestep, db in measurement.sqnr.by_timestep.items()],
+        "psnr_median_db": finite_or_none(measurement.psnr.median_db),
+        "psnr_by_sample": [finite_or_none(value) for value in measurement.psnr.by_sample],
         "error_by_step": list(measurement.error_by_step),
         "confident_share": confident_share(measurement.images) if classified else None,
     }
-
-
-def finite(value: float) -> float | None:
-    """JSON has no infinity: None stands for equal signals."""
-    return value if math.isfinite(value) else None
 
 
 def most_varying(quantizers: Sequence[Mapping[str, Any]], count: int) -> list[dict[str, Any]]:
