@@ -51,6 +51,7 @@ from qdiff_fx.passes.convert import CONVERT
 from qdiff_fx.passes.prepare import PREPARE
 from qdiff_fx.reconstruction import ReconstructionConfig
 from qdiff_fx.stages import (
+    correct_biases,
     decide,
     equalize_attentions,
     error_rows,
@@ -175,8 +176,10 @@ def _calibrate(
     blocks = learn_blocks(prepared, data, reconstruction, batch_size, folder, progress) if reconstruction else ()
     prepared.set_mode(QuantizerMode.QUANTIZE)
     raises = decisions.raises
+    corrected = correct_biases(prepared, data, progress=progress)
     if config.target_sqnr is not None:
         raises += meet_target(prepared, data, selection_rows(data, config.seed + 1), folder, progress)
+        corrected = correct_biases(prepared, data, progress=progress)  # of what was raised, too
     quality = measure_quality(prepared, held, progress=progress)
     report = CalibrationReport(
         samples=len(data),
@@ -191,6 +194,7 @@ def _calibrate(
         reconstruction=tuple(block.to_dict() for block in blocks),
         factors=tuple(asdict(choice) for choice in (*folded, *decisions.factors)),
         raises=tuple(item.to_dict() for item in raises),
+        corrected_biases=corrected,
         sensitivity=error_rows(prepared, decisions),
         quality={
             "samples": len(held),

@@ -96,6 +96,8 @@ class QDiffConfig:
       channel_shifts: let 4-bit weights take powers of two of those factors as shifts, up to 8x, exact in int8.
       factor_iterations: steps of learning that refine each channel factor before rounding is learned; 0 keeps the
         closed form. What is learned is kept only where it lowers the error.
+      bias_correction: let calibrate add to biases what rounding a weight to nearest takes from the output's mean
+        (Nagel et al. 2019, section 4.2); learned rounding is left as it was learned.
       target_sqnr: output SQNR in dB, median over timesteps, that calibrate reaches by raising layers; None is off.
       target_bytes: limit of the stored weights in bytes; calibrate spends up to it on raises; None is off.
       sample_input: name of the graph input that holds the noisy sample; None takes the first 4-D input.
@@ -115,6 +117,7 @@ class QDiffConfig:
     equalize: bool = True
     channel_shifts: bool = True
     factor_iterations: int = 0
+    bias_correction: bool = True
     target_sqnr: float | None = None
     target_bytes: int | None = None
     rules: tuple[LayerRule, ...] = ()

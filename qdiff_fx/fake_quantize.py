@@ -260,10 +260,33 @@ class AttentionQuantizer(nn.Module):
         return cast(ActivationQuantizer, self.operands[name]) if name in self.operands else None
 
 
+class BiasCorrection(nn.Module):
+    """Adds to a layer's bias what rounding its weight takes from the mean of its output.
+
+    Args:
+      name: the layer, for errors and reports.
+      correction: [C_out], see `qdiff_fx.allocation.bias_correction`.
+    """
+
+    correction: Tensor
+
+    def __init__(self, name: str, correction: Tensor) -> None:
+        super().__init__()
+        self.name, self.mode = name, QuantizerMode.QUANTIZE
+        self.register_buffer("correction", correction)
+
+    def forward(self, bias: Tensor | None = None) -> Tensor | None:
+        return self.corrected(bias) if self.mode is QuantizerMode.QUANTIZE else bias
+
+    def corrected(self, bias: Tensor | None) -> Tensor:
+        """The bias that belongs to the rounded weight, in whatever mode this is."""
+        return self.correction if bias is None else bias + self.correction
+
+
 @contextmanager
 def preserved_modes(module: nn.Module) -> Iterator[None]:
     """Whatever the block does to the modes of the quantizers under `module`, they are afterwards what they were."""
-    kinds = (ActivationQuantizer, AttentionQuantizer, WeightQuantizer)
+    kinds = (ActivationQuantizer, AttentionQuantizer, WeightQuantizer, BiasCorrection)
     modes = [(child, child.mode) for child in module.modules() if isinstance(child, kinds)]
     try:
         yield
@@ -273,9 +296,9 @@ def preserved_modes(module: nn.Module) -> Iterator[None]:
 
 
 def set_mode(module: nn.Module, mode: QuantizerMode) -> None:
-    """Put every quantizer under `module` into `mode`; weights are not observed, they pass instead."""
+    """Put every quantizer under `module` into `mode`; weights and biases are not observed, they pass instead."""
     for child in module.modules():
         if isinstance(child, (ActivationQuantizer, AttentionQuantizer)):
             child.mode = mode
-        elif isinstance(child, WeightQuantizer):
+        elif isinstance(child, (WeightQuantizer, BiasCorrection)):
             child.mode = QuantizerMode.PASS if mode is QuantizerMode.OBSERVE else mode

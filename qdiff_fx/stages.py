@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from qdiff_fx.allocation.allocate import allocate
 from qdiff_fx.allocation.attention_factors import fold_attention_factors
 from qdiff_fx.allocation.attention_rows import ruined_probabilities
+from qdiff_fx.allocation.bias_correction import bias_corrections
 from qdiff_fx.allocation.channel_factors import FactorChoice, choose_channel_factors
 from qdiff_fx.allocation.estimate import ErrorEstimate, estimate_errors
 from qdiff_fx.allocation.kept_figures import KeptFigures
@@ -31,6 +32,7 @@ from qdiff_fx.graph.memory import row_memory, rows_within
 from qdiff_fx.identity import config_digest, digest, model_digest, run_identity, tensors_digest
 from qdiff_fx.model import PreparedUNet
 from qdiff_fx.passes.base import PassContext
+from qdiff_fx.passes.prepare.correct_biases import CorrectBiases
 from qdiff_fx.passes.prepare.raises import ApplyRaises, Raise
 from qdiff_fx.reconstruction import BlockResult, ReconstructionConfig, reconstruct
 
@@ -68,15 +70,20 @@ class Decisions:
 @contextmanager
 def fitting_anew(prepared: PreparedUNet) -> Iterator[None]:
     """Every quantizer starts from nothing, and ends there too if the block fails: half a fit cannot be converted."""
-    reset(prepared.graph_module)
+    _forget(prepared)
     prepared.calibrated, prepared.calibration = False, {}
     try:
         yield
     except BaseException:
-        reset(prepared.graph_module)
+        _forget(prepared)
         prepared.set_mode(QuantizerMode.OBSERVE)
         raise
     prepared.calibrated = True
+
+
+def _forget(prepared: PreparedUNet) -> None:
+    reset(prepared.graph_module)
+    _correct(prepared, {})
 
 
 def hold_out(data: CalibrationSet, holdout: CalibrationSet | None, seed: int) -> tuple[CalibrationSet, CalibrationSet]:
@@ -209,6 +216,16 @@ def learn_blocks(
         checkpoint_dir=None if folder is None else folder / "blocks",
         progress=progress,
     )
+
+
+def correct_biases(prepared: PreparedUNet, data: CalibrationSet, *, progress: bool | None) -> int:
+    """Correct the biases of layers whose weights are rounded to nearest, if the config asks; returns how many."""
+    config, graph_module = prepared.qdiff_config, prepared.graph_module
+    if not config.bias_correction:
+        return 0
+    found = bias_corrections(graph_module, prepared.signature, data, seed=config.seed, progress=progress)
+    _correct(prepared, found)
+    return len(found)
 
 
 def meet_target(
@@ -347,6 +364,11 @@ def _weight_slack(prepared: PreparedUNet) -> float:
         return config.weight_slack
     present = sum(unit.bytes for unit in weight_units(prepared.graph_module))
     return max(0.0, config.target_bytes / max(1, present) - 1.0)
+
+
+def _correct(prepared: PreparedUNet, corrections: Mapping[str, Tensor]) -> None:
+    context = PassContext(config=prepared.qdiff_config, signature=prepared.signature)
+    CorrectBiases(corrections).run(prepared.graph_module, context)
 
 
 def _apply(prepared: PreparedUNet, graph_module: fx.GraphModule, raises: tuple[Raise, ...]) -> None:

@@ -12,6 +12,7 @@ from qdiff_fx.graph.edit import get_tensor, layer_call
 from qdiff_fx.graph.meta import ATTENTION, LAYER, LayerPolicy
 from qdiff_fx.numerics.spec import weight_spec
 from qdiff_fx.passes.base import GraphPass, PassContext, PassResult, Refusal, finish
+from qdiff_fx.passes.prepare.correct_biases import drop_correction
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +90,7 @@ def _apply(graph_module: fx.GraphModule, node: fx.Node, decision: Raise) -> bool
     if decision.bits is None:
         for user in list(node.users):
             user.replace_input_with(node, source)
+            drop_correction(graph_module, user)
             _set_policy(user, decision.reason, weight=None)
             _to_carrier(graph_module, user, decision.reason)
         return True
@@ -109,6 +111,8 @@ def _refit(
     weight = get_tensor(graph_module, source.target)
     fitted.to(weight.device).fit(weight)
     graph_module.set_submodule(str(node.target), fitted)
+    for user in node.users:
+        drop_correction(graph_module, user)  # of the errors that the former rounding made
 
 
 def _to_carrier(graph_module: fx.GraphModule, user: fx.Node, reason: str) -> None:

@@ -25,6 +25,8 @@ class CalibrationReport:
       reconstruction: a row a block and phase: name, iterations, losses before and after, seconds; empty without.
       factors: a row a tensor whose channel factors were searched: layers, exponent (None: off), shifted, gain_db.
       raises: a row a quantizer that got more than the config's width: kind, layers, bits (None: carrier), reason.
+      corrected_biases: how many layers got a bias that makes up for what rounding their weights to nearest does to the
+        mean of their outputs.
       sensitivity: a row a layer: name and error, the predicted energy of the output error that its quantizers cause
         alone at their final widths, relative to the output's; empty where nothing was to be decided.
       quality: output SQNR on held-out samples: samples, pooled_db, median_db, by_timestep, accepted (at least 10 dB).
@@ -41,6 +43,7 @@ class CalibrationReport:
     reconstruction: tuple[dict[str, Any], ...] = ()
     factors: tuple[dict[str, Any], ...] = ()
     raises: tuple[dict[str, Any], ...] = ()
+    corrected_biases: int = 0
     sensitivity: tuple[dict[str, Any], ...] = ()
     quality: dict[str, Any] = field(default_factory=dict)
     scheduler: dict[str, Any] = field(default_factory=dict)

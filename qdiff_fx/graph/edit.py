@@ -59,6 +59,26 @@ class LayerCall:
         """Where the input's channels lie."""
         return -1 if self.operator == "linear" else 1
 
+    @property
+    def weight_source(self) -> fx.Node:
+        """The full-precision weight, behind its quantizer."""
+        source = _source(self.weight)
+        assert source is not None
+        return source
+
+    @property
+    def bias_source(self) -> fx.Node | None:
+        """The full-precision bias, behind its correction; None where there is none."""
+        return None if self.bias is None else _source(self.bias)
+
+
+def _source(node: fx.Node) -> fx.Node | None:
+    if node.op != "call_module":
+        return node
+    source = node.args[0] if node.args else None
+    assert source is None or isinstance(source, fx.Node)
+    return source
+
 
 def layer_call(node: fx.Node) -> LayerCall | None:
     """`node` as a layer call, or None if it is no conv or linear."""
@@ -68,6 +88,14 @@ def layer_call(node: fx.Node) -> LayerCall | None:
     names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
     arguments: dict[str, Any] = {"bias": None, **dict(zip(names, node.args, strict=False)), **node.kwargs}
     return LayerCall(node=node, operator=name, **arguments)
+
+
+def set_bias(node: fx.Node, bias: fx.Node | None) -> None:
+    """Give a conv or linear node another bias."""
+    if "bias" in node.kwargs:
+        node.update_kwarg("bias", bias)
+    else:
+        node.args = (*node.args[:2], bias, *node.args[3:])
 
 
 def create_call(

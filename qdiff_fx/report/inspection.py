@@ -159,10 +159,8 @@ def _layer_rows(graph_module: fx.GraphModule) -> Iterator[LayerRow]:
         if policy is None or layer is None:
             continue
         quantizer = _module(graph_module, layer.weight)
-        source = layer.weight.args[0] if layer.weight.op == "call_module" else layer.weight
-        assert isinstance(source, fx.Node)
-        weight = get_tensor(graph_module, source.target)
-        bias = get_tensor(graph_module, layer.bias.target) if isinstance(layer.bias, fx.Node) else None
+        weight = get_tensor(graph_module, layer.weight_source.target)
+        bias = None if layer.bias_source is None else get_tensor(graph_module, layer.bias_source.target)
         bias_bytes = _bytes(bias) if bias is not None else 0
         bits = quantizer.spec.bits if isinstance(quantizer, WeightQuantizer) else None
         activation = _module(graph_module, layer.input)
@@ -213,9 +211,8 @@ def _other_parameters(graph_module: fx.GraphModule) -> Iterator[Tensor]:
         layer = layer_call(node)
         if layer is None or LAYER.get(node) is None:
             continue
-        source = layer.weight.args[0] if layer.weight.op == "call_module" else layer.weight
-        for item in (source, layer.bias):
-            if isinstance(item, fx.Node):
+        for item in (layer.weight_source, layer.bias_source):
+            if item is not None:
                 layer_tensors[str(item.target)] = None
     targets = dict.fromkeys(str(node.target) for node in graph_module.graph.nodes if node.op == "get_attr")
     for target in targets:
