@@ -32,7 +32,7 @@ MODELS = {"fashion-uncond": 1.0, "fashion-cond": 3.0}
 RATIOS = (10, 100, 1000)
 _SHOWN = 16
 ARMS = ("equalised", "plain", "target")
-PLAIN = {"weight_slack": 0.0, "activation_slack": 0.0, "equalize": False}
+PLAIN = {"weight_slack": 0.0, "activation_slack": 0.0, "equalize": False, "bias_correction": False}
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ from qdiff_fx.stages import learn_blocks, observe_and_fit
 from quality_page import write_page
 
 STEPS, GROWTH_STEPS, IMAGES, MANY_IMAGES, NOISE_SEED = 50, 100, 16, 128, 5
-UNIFORM: dict[str, Any] = {"weight_slack": 0.0, "activation_slack": 0.0, "equalize": False}
+UNIFORM: dict[str, Any] = {"weight_slack": 0.0, "activation_slack": 0.0, "equalize": False, "bias_correction": False}
 MINMAX = {"weight_observer": "minmax", "activation_observer": "minmax", "split_shortcuts": False}
 NO_STEPS, NO_ROUNDING = {"activation_iterations": 0}, {"weight_iterations": 0}
 

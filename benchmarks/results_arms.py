@@ -36,7 +36,7 @@ class Arm:
     learn: Mapping[str, Any] | None = None
 
 
-_PLAIN: Mapping[str, Any] = {"weight_slack": 0.0, "activation_slack": 0.0, "equalize": False}
+_PLAIN: Mapping[str, Any] = {"weight_slack": 0.0, "activation_slack": 0.0, "equalize": False, "bias_correction": False}
 _LINEAR = _PLAIN | SIMPLER[0].changes
 
 ARMS: Mapping[str, Arm] = {

@@ -23,6 +23,7 @@ PLAIN: Mapping[str, Any] = {
     "weight_slack": 0.0,
     "activation_slack": 0.0,
     "equalize": False,
+    "bias_correction": False,
     "weight_observer": "minmax",
     "activation_observer": "minmax",
 }

@@ -58,11 +58,11 @@ from qdiff_fx.stages import (
     fitting_anew,
     guard,
     hold_out,
+    layer_input_means,
     learn_blocks,
     measure_quality,
     meet_target,
     observe_and_fit,
-    selection_rows,
 )
 
 logger = logging.getLogger(__name__)
@@ -172,14 +172,14 @@ def _calibrate(
     folded = equalize_attentions(prepared, data, progress=progress)
     observe_and_fit(prepared, data, batch_size, folder, progress)
     maxima, offsets = observed_maxima(prepared.graph_module), observed_offsets(prepared.graph_module)
-    decisions = decide(prepared, data, progress=progress)
+    means = layer_input_means(prepared, data, progress=progress)
+    decisions = decide(prepared, data, means, progress=progress)
     blocks = learn_blocks(prepared, data, reconstruction, batch_size, folder, progress) if reconstruction else ()
     prepared.set_mode(QuantizerMode.QUANTIZE)
     raises = decisions.raises
-    corrected = correct_biases(prepared, data, progress=progress)
+    corrected = correct_biases(prepared, means)
     if config.target_sqnr is not None:
-        raises += meet_target(prepared, data, selection_rows(data, config.seed + 1), folder, progress)
-        corrected = correct_biases(prepared, data, progress=progress)  # of what was raised, too
+        raises += meet_target(prepared, data, means, folder, progress)
     quality = measure_quality(prepared, held, progress=progress)
     report = CalibrationReport(
         samples=len(data),
@@ -237,16 +237,20 @@ def sensitivity(
     data = calibration_set(data)
     check_data(data, prepared.signature, dict(prepared.config))
     folder = None if checkpoint_dir is None else Path(checkpoint_dir)
+    means = layer_input_means(prepared, data, progress=progress)
     if not prepared.calibrated:
         reset(prepared.graph_module)
         observe_and_fit(prepared, data, batch_size, folder, progress)
+        correct_biases(prepared, means)
     seed = prepared.qdiff_config.seed
     identity = "" if folder is None else digest(f"{run_identity(prepared, data, batch_size)} {samples}")
     return measure_sensitivity(
         prepared.graph_module,
         prepared.signature,
         data,
-        estimate=estimate_errors(prepared.graph_module, prepared.signature, data, seed=seed, progress=progress),
+        estimate=estimate_errors(
+            prepared.graph_module, prepared.signature, data, means=means, seed=seed, progress=progress
+        ),
         samples=samples,
         batch_size=batch_size,
         seed=seed,

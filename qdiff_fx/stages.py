@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import Tensor, fx
 
@@ -18,6 +18,7 @@ from qdiff_fx.allocation.attention_rows import ruined_probabilities
 from qdiff_fx.allocation.bias_correction import bias_corrections
 from qdiff_fx.allocation.channel_factors import FactorChoice, choose_channel_factors
 from qdiff_fx.allocation.estimate import ErrorEstimate, estimate_errors
+from qdiff_fx.allocation.input_means import input_means
 from qdiff_fx.allocation.kept_figures import KeptFigures
 from qdiff_fx.allocation.target import MAXIMUM_EVALUATIONS, ranked_raises, reach_target
 from qdiff_fx.allocation.units import input_units, weight_units
@@ -50,6 +51,9 @@ SELECTION_ROWS = 128
 reached 25 dB was 24.6 dB on other rows."""
 
 _EVALUATION_BATCH = 32
+
+Means: TypeAlias = Mapping[str, Tensor]
+"""Of layers' inputs, by node."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +140,7 @@ def observe_and_fit(
     fit_weights(prepared.graph_module, progress=progress)
 
 
-def decide(prepared: PreparedUNet, data: CalibrationSet, *, progress: bool | None) -> Decisions:
+def decide(prepared: PreparedUNet, data: CalibrationSet, means: Means, *, progress: bool | None) -> Decisions:
     """Fold channel factors and allocate bits as the config asks; quantizers must be fitted.
 
     Probabilities that their grid ruins are kept in the carrier type whatever the config asks.
@@ -152,7 +156,7 @@ def decide(prepared: PreparedUNet, data: CalibrationSet, *, progress: bool | Non
     raisable = spends and bool(weight_units(graph_module))
     if not raisable and not (config.activation_slack > 0 and input_units(graph_module)):
         return Decisions(factors=factors, raises=kept)
-    estimate = estimate_errors(graph_module, signature, data, seed=config.seed, progress=progress)
+    estimate = estimate_errors(graph_module, signature, data, means=means, seed=config.seed, progress=progress)
     raises = allocate(
         graph_module,
         estimate,
@@ -218,24 +222,29 @@ def learn_blocks(
     )
 
 
-def correct_biases(prepared: PreparedUNet, data: CalibrationSet, *, progress: bool | None) -> int:
-    """Correct the biases of layers whose weights are rounded to nearest, if the config asks; returns how many."""
-    config, graph_module = prepared.qdiff_config, prepared.graph_module
+def layer_input_means(prepared: PreparedUNet, data: CalibrationSet, *, progress: bool | None) -> Means:
+    """Means of the inputs of the layers whose biases will be corrected; none if the config does not ask for it."""
+    config = prepared.qdiff_config
     if not config.bias_correction:
-        return 0
-    found = bias_corrections(graph_module, prepared.signature, data, seed=config.seed, progress=progress)
-    _correct(prepared, found)
-    return len(found)
+        return {}
+    return input_means(prepared.graph_module, prepared.signature, data, seed=config.seed, progress=progress)
+
+
+def correct_biases(prepared: PreparedUNet, means: Means) -> int:
+    """Correct the biases of layers whose weights are rounded to nearest; returns how many."""
+    corrections = bias_corrections(prepared.graph_module, means)
+    _correct(prepared, corrections)
+    return len(corrections)
 
 
 def meet_target(
     prepared: PreparedUNet,
     data: CalibrationSet,
-    selection: CalibrationSet,
+    means: Means,
     folder: Path | None,
     progress: bool | None,
 ) -> tuple[Raise, ...]:
-    """Raise quantizers until the median SQNR over timesteps on `selection` reaches `config.target_sqnr`.
+    """Raise quantizers until the median SQNR over timesteps on `selection_rows` reaches `config.target_sqnr`.
 
     Less its standard error: the median of other samples is to reach the target too.
     With a folder the measured figures are kept there: they hold for every target, so a killed run or another target
@@ -245,7 +254,10 @@ def meet_target(
     """
     config = prepared.qdiff_config
     assert config.target_sqnr is not None
-    estimate = estimate_errors(prepared.graph_module, prepared.signature, data, seed=config.seed, progress=progress)
+    selection = selection_rows(data, config.seed + 1)
+    estimate = estimate_errors(
+        prepared.graph_module, prepared.signature, data, means=means, seed=config.seed, progress=progress
+    )
     ranked = ranked_raises(prepared.graph_module, estimate)
     original = prepared.graph_module
     identity = "" if folder is None else _target_identity(prepared, selection, ranked)
@@ -258,6 +270,7 @@ def meet_target(
         if key not in figures:
             prepared.graph_module = shared_copy(original)
             _apply(prepared, prepared.graph_module, tuple(raises))
+            correct_biases(prepared, means)
             try:
                 quality = measure_quality(prepared, selection)
                 figures[key] = quality.median_db - quality.median_error_db()
@@ -269,6 +282,7 @@ def meet_target(
     with bar:
         result = reach_target(ranked, measure, config.target_sqnr)
     _apply(prepared, original, result.raises)
+    correct_biases(prepared, means)
     logger.info("target_sqnr reached with %d raises after %d evaluations", len(result.raises), result.evaluations)
     return result.raises
 

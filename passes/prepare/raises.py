@@ -111,7 +111,7 @@ def _refit(
     weight = get_tensor(graph_module, source.target)
     fitted.to(weight.device).fit(weight)
     graph_module.set_submodule(str(node.target), fitted)
-    for user in node.users:
+    for user in list(node.users):
         drop_correction(graph_module, user)  # of the errors that the former rounding made
 
 

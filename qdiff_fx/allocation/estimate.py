@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from qdiff_fx.allocation.input_means import centred
 from qdiff_fx.allocation.probe import Probe, flat_inputs, spread_rows
 from qdiff_fx.allocation.units import WeightUnit, weight_units
 from qdiff_fx.calibration import CalibrationSet
 from qdiff_fx.calibration.progress import progress_bar
 from qdiff_fx.fake_quantize import ActivationQuantizer, QuantizerMode, WeightQuantizer, preserved_modes, set_mode
+from qdiff_fx.graph.edit import layer_call
 from qdiff_fx.graph.memory import row_memory, rows_within
 from qdiff_fx.graph.signature import CallSignature
 from qdiff_fx.numerics.spec import weight_spec
@@ -39,6 +42,7 @@ def estimate_errors(
     signature: CallSignature,
     data: CalibrationSet,
     *,
+    means: Mapping[str, Tensor] | None = None,
     weight_bits: tuple[int, ...] = (8,),
     samples: int = 128,
     batch_size: int = 8,
@@ -51,6 +55,8 @@ def estimate_errors(
     v is independent from row to row, so one inner product for a batch's weight gradient sums the rows' energies.
 
     Args:
+      means: of the inputs of layers whose biases will make up for the mean of the weight's error (`input_means`): only
+        what varies is counted.
       weight_bits: widths to predict beside each weight's own.
       samples: rows, evenly over the timesteps.
       batch_size: rows a backward pass, fewer where so many would not fit; each pass gives one draw for every weight.
@@ -71,8 +77,9 @@ def estimate_errors(
             gradient, accumulated.grad = accumulated.grad, None
             assert gradient is not None
             with torch.no_grad():
+                gradient = probe.centred(target, gradient.double())
                 for key, item in candidates[target].quantizers():
-                    product = float((gradient.double() * (item.quantized(value).double() - value.double())).sum())
+                    product = float((gradient * (item.quantized(value).double() - value.double())).sum())
                     products[target, key] = products.get((target, key), 0.0) + product
 
         leaf.register_post_accumulate_grad_hook(take)  # type: ignore[no-untyped-call]
@@ -92,7 +99,7 @@ def estimate_errors(
         y.register_hook(accumulate)  # type: ignore[no-untyped-call]
         return y
 
-    probe = Probe(graph_module, on_weight=on_weight, on_input=on_input)
+    probe = _CentringProbe(graph_module, means or {}, on_weight=on_weight, on_input=on_input)
     generator = torch.Generator().manual_seed(seed)
     rows = spread_rows(data, samples, seed)
     rows = rows[torch.randperm(len(rows), generator=generator)]
@@ -126,6 +133,36 @@ def estimate_errors(
         inputs={target: value / count for target, value in inputs.items()},
         without_factor={target: value / count for target, value in without_factor.items()},
     )
+
+
+class _CentringProbe(Probe):
+    """Keeps the gradients of the outputs of layers whose mean error a bias takes away."""
+
+    def __init__(self, graph_module: fx.GraphModule, means: Mapping[str, Tensor], **callbacks: Any) -> None:
+        super().__init__(graph_module, **callbacks)
+        self.means = means
+        self.output_gradients: dict[str, Tensor] = {}
+        self.readers = {
+            str(node.target): [user.name for user in node.users if user.name in means]
+            for node in graph_module.graph.find_nodes(op="call_module")
+        }
+
+    def run_node(self, n: fx.Node) -> Any:
+        output, call = super().run_node(n), layer_call(n) if n.name in self.means else None
+        if call is not None:
+            axes = [axis for axis in range(output.ndim) if axis != call.channel_axis % output.ndim]
+
+            def keep(gradient: Tensor) -> None:
+                self.output_gradients[n.name] = gradient.sum(dim=axes)
+
+            output.register_hook(keep)
+        return output
+
+    def centred(self, target: str, gradient: Tensor) -> Tensor:
+        """`gradient` of the weight behind this quantizer without what goes through its readers' means."""
+        for name in self.readers.get(target, ()):
+            gradient = centred(gradient, self.output_gradients.pop(name), self.means[name])
+        return gradient
 
 
 @dataclass(frozen=True, kw_only=True)

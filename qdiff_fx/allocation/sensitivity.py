@@ -20,6 +20,7 @@ from qdiff_fx.calibration.progress import progress_bar
 from qdiff_fx.fake_quantize import (
     ActivationQuantizer,
     AttentionQuantizer,
+    BiasCorrection,
     QuantizerMode,
     WeightQuantizer,
     preserved_modes,
@@ -189,7 +190,7 @@ def _subjects(graph_module: fx.GraphModule, estimate: ErrorEstimate | None) -> t
         _Subject(
             kind="weight" if isinstance(unit, WeightUnit) else "input",
             name=unit.name,
-            modules=(unit.quantizer,),
+            modules=(unit.quantizer, *(unit.corrections if isinstance(unit, WeightUnit) else ())),
             bits=unit.quantizer.spec.bits,
             estimate=None if estimate is None else _predicted(estimate, unit),
         )
@@ -204,7 +205,7 @@ def _subjects(graph_module: fx.GraphModule, estimate: ErrorEstimate | None) -> t
         module = graph_module.get_submodule(str(node.target))
         if isinstance(module, AttentionQuantizer):
             attentions.append(_Subject(kind="attention", name=module.name, modules=(module,)))
-        if isinstance(module, (AttentionQuantizer, ActivationQuantizer, WeightQuantizer)):
+        if isinstance(module, (AttentionQuantizer, ActivationQuantizer, WeightQuantizer, BiasCorrection)):
             index = next((BLOCK.get(item) for item in (node, *node.users) if BLOCK.get(item) is not None), None)
             if index is not None:
                 members.setdefault(index, []).append(module)

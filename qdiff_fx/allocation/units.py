@@ -9,10 +9,11 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from qdiff_fx.fake_quantize import ActivationQuantizer, WeightQuantizer
+from qdiff_fx.fake_quantize import ActivationQuantizer, BiasCorrection, WeightQuantizer
 from qdiff_fx.graph.edit import LayerCall, get_tensor, layer_call
 from qdiff_fx.graph.meta import LAYER
 from qdiff_fx.graph.propagate import size_hint
+from qdiff_fx.passes.prepare.correct_biases import bias_correction
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,12 +23,14 @@ class WeightUnit:
     Args:
       target: the quantizer's name in the graph module.
       layers: names of the layers that read it.
+      corrections: of their biases.
     """
 
     target: str
     quantizer: WeightQuantizer
     weight: Tensor
     layers: tuple[str, ...]
+    corrections: tuple[BiasCorrection, ...] = ()
 
     @property
     def name(self) -> str:
@@ -73,7 +76,16 @@ def weight_units(graph_module: fx.GraphModule) -> tuple[WeightUnit, ...]:
         assert isinstance(source, fx.Node)
         layers = tuple(LAYER.require(user).name for user in node.users)
         weight = get_tensor(graph_module, source.target)
-        units.append(WeightUnit(target=str(node.target), quantizer=quantizer, weight=weight, layers=layers))
+        corrections = (bias_correction(graph_module, user) for user in node.users)
+        units.append(
+            WeightUnit(
+                target=str(node.target),
+                quantizer=quantizer,
+                weight=weight,
+                layers=layers,
+                corrections=tuple(item for item in corrections if item is not None),
+            )
+        )
     return tuple(units)
 
 

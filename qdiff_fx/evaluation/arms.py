@@ -15,6 +15,14 @@ from qdiff_fx.numerics.spec import weight_spec
 STUDY_PRESETS = ("w8a8", "w4a8", "w4a32")
 
 
+_NOTHING_DECIDED: Mapping[str, Any] = {
+    "weight_slack": 0.0,
+    "activation_slack": 0.0,
+    "equalize": False,
+    "bias_correction": False,
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Arm:
     """One way to initialise a quantized network.
@@ -30,10 +38,8 @@ class Arm:
     changes: Mapping[str, Any]
 
     def config(self, preset: str) -> QDiffConfig:
-        """The preset with this arm's changes; bits are never raised and channels never equalised."""
-        return QDiffConfig.preset(
-            preset, **{"weight_slack": 0.0, "activation_slack": 0.0, "equalize": False, **self.changes}
-        )
+        """The preset with this arm's changes; bits are never raised, channels never equalised, biases left alone."""
+        return QDiffConfig.preset(preset, **{**_NOTHING_DECIDED, **self.changes})
 
 
 ARMS = (
