@@ -35,7 +35,7 @@ from qdiff_fx.reconstruction.problem import BlockProblem
 from qdiff_fx.reconstruction.streams import FULL, QUANTIZED, Streams
 from qdiff_fx.reconstruction.subgraph import partition
 from qdiff_fx.safe_io import read_json, read_tensors, write_json, write_tensors
-from qdiff_fx.stages import learn_blocks, observe_and_fit
+from qdiff_fx.stages import correct_biases, layer_input_means, learn_blocks, observe_and_fit
 from quality_page import write_page
 
 STEPS, GROWTH_STEPS, IMAGES, MANY_IMAGES, NOISE_SEED = 50, 100, 16, 128, 5
@@ -74,6 +74,7 @@ def _chain(width: str) -> dict[str, Cell]:
         "RTN min-max": Cell(config=MINMAX),
         "RTN MSE": Cell(config={"split_shortcuts": False}),
         "split": Cell(),
+        "bias correction": Cell(config={"bias_correction": True}),
         "SQuant": Cell(learn={"rounding": "squant"} | NO_STEPS),
     }
     for name, granularity in (("layer AdaRound", "layer"), ("block AdaRound", "block")):
@@ -248,6 +249,8 @@ class Bench:
             learning = ReconstructionConfig.preset(cell.preset, seed=cell.seed, **cell.learn)
             folder = self.work / "blocks" / slug(name)
             blocks = [item.to_dict() for item in learn_blocks(prepared, data, learning, 32, folder, False)]
+        if config.bias_correction:
+            correct_biases(prepared, layer_input_means(prepared, data, progress=False))
         prepared.set_mode(QuantizerMode.QUANTIZE)
         self.path(name).parent.mkdir(parents=True, exist_ok=True)
         write_tensors(self.path(name).with_suffix(".safetensors"), _learned(prepared))

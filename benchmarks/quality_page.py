@@ -15,7 +15,7 @@ from qdiff_fx.report.plots import COLOURS, plot_error_growth
 from qdiff_fx.safe_io import write_bytes, write_json
 
 PLOT = "images/reconstruction-error-growth-{model}.png"
-CHAIN = ("RTN min-max", "RTN MSE", "split", "layer AdaRound", "block AdaRound", "LSQ")
+CHAIN = ("RTN min-max", "RTN MSE", "split", "bias correction", "layer AdaRound", "block AdaRound", "LSQ")
 TOLERATED_LOSS_DB = 0.1
 YARDSTICKS = {"pooled_db": "pooled", "median_db": "median", "endpoint_db": "end point"}
 
@@ -96,7 +96,8 @@ beside other work). Uniform bits but for the boundary rule: no allocation, no ch
 {some["calibration_rows"]} calibration rows, {some["heldout_rows"]} held-out rows of other trajectories. Output SQNR is
 pooled, and the median over timesteps; end point: PSNR after DDIM-50, 16 samples from the same noise, median. Four-bit
 rounding is learned once, with activations in full precision, and reused at every activation width. Every row includes
-what the rows before it in the chain do; RTN rows and SQuant have nothing learned, RTN rows have no shortcut split."""
+what the rows before it in the chain do, but that learned rounding does without corrected biases, since a block's loss
+sees the means. RTN rows and SQuant have nothing learned, RTN rows have no shortcut split."""
 
 
 def _table(title: str, names: list[str], cells: dict[str, dict[str, Any]]) -> str:
