@@ -185,6 +185,7 @@ def _choose_factors(
         data,
         layers=layers,
         shifts=config.channel_shifts,
+        centred=config.bias_correction,
         iterations=config.factor_iterations,
         seed=config.seed,
         progress=progress,

@@ -67,6 +67,7 @@ def choose_channel_factors(
     *,
     layers: Collection[str] | None = None,
     shifts: bool = True,
+    centred: bool = False,
     iterations: int = 0,
     samples: int = 96,
     seed: int = 0,
@@ -82,6 +83,7 @@ def choose_channel_factors(
     Args:
       layers: try tensors that one of these reads and that have no factor yet; None tries all.
       shifts: also try candidates with channel shifts at 4-bit weights.
+      centred: judge by what varies of the error: biases will make up for its mean.
       iterations: steps of learning from the best candidate on; what it finds is kept only where it wins.
 
     Left alone: inputs of layers in the carrier type, weights that several calls share, attention operands.
@@ -89,7 +91,7 @@ def choose_channel_factors(
     readers = {
         str(node.target): found
         for node in input_nodes(graph_module)
-        if (found := readers_of(graph_module, node)) and (layers is None or _open(found, layers))
+        if (found := readers_of(graph_module, node, centred=centred)) and (layers is None or _open(found, layers))
     }
     if not readers:
         return ()
@@ -200,16 +202,16 @@ def input_nodes(graph_module: fx.GraphModule) -> Iterator[fx.Node]:
             yield node
 
 
-def readers_of(graph_module: fx.GraphModule, node: fx.Node) -> tuple[Reader, ...]:
-    """The layers behind an input quantizer; none if one of them cannot take a factor."""
+def readers_of(graph_module: fx.GraphModule, node: fx.Node, *, centred: bool = False) -> tuple[Reader, ...]:
+    """The layers behind an input quantizer; none if one of them cannot take a factor. `centred` is `Reader`'s."""
     readers = []
     for user in node.users:
         call = layer_call(user)
         if call is None or call.weight.op != "call_module" or len(call.weight.users) != 1:
             return ()
         quantizer = graph_module.get_submodule(str(call.weight.target))
-        source = call.weight.args[0]
-        if not isinstance(quantizer, WeightQuantizer) or not isinstance(source, fx.Node):
+        if not isinstance(quantizer, WeightQuantizer):
             return ()
-        readers.append(Reader(call=call, weight=get_tensor(graph_module, source.target), quantizer=quantizer))
+        weight = get_tensor(graph_module, call.weight_source.target)
+        readers.append(Reader(call=call, weight=weight, quantizer=quantizer, centred=centred))
     return tuple(readers)

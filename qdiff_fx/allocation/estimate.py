@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from qdiff_fx.allocation.factor_errors import output_axes
 from qdiff_fx.allocation.input_means import centred
 from qdiff_fx.allocation.probe import Probe, flat_inputs, spread_rows
 from qdiff_fx.allocation.units import WeightUnit, weight_units
@@ -150,7 +151,7 @@ class _CentringProbe(Probe):
     def run_node(self, n: fx.Node) -> Any:
         output, call = super().run_node(n), layer_call(n) if n.name in self.means else None
         if call is not None:
-            axes = [axis for axis in range(output.ndim) if axis != call.channel_axis % output.ndim]
+            axes = output_axes(call, output)
 
             def keep(gradient: Tensor) -> None:
                 self.output_gradients[n.name] = gradient.sum(dim=axes)

@@ -19,11 +19,16 @@ PSNR W8 alone costs 2 dB more than A8 alone though its SQNR is 8 dB better (docs
 
 @dataclass(frozen=True, kw_only=True)
 class Reader:
-    """A layer that reads the quantized tensor, with its weight and its quantizer."""
+    """A layer that reads the quantized tensor.
+
+    Args:
+      centred: whether its bias will make up for the mean of its error, so that only what varies counts.
+    """
 
     call: LayerCall
     weight: Tensor
     quantizer: WeightQuantizer
+    centred: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,14 +81,21 @@ def relative_error(
     """
     total = torch.zeros((), dtype=torch.float64, device=x.device)
     for reader, target, weight in zip(readers, targets, weights, strict=True):
-        error = _row_energies(layer_output(reader.call, x, weight) - target)
-        total = total + (error / _row_energies(target).clamp(min=1e-30)).mean()
+        error = layer_output(reader.call, x, weight) - target
+        if reader.centred:
+            error = error - error.mean(dim=output_axes(reader.call, error), keepdim=True)
+        total = total + (_row_energies(error) / _row_energies(target).clamp(min=1e-30)).mean()
     return total
 
 
 def _row_energies(values: Tensor) -> Tensor:
     norms: Tensor = torch.linalg.vector_norm(values.flatten(1), dim=1, dtype=torch.float64)
     return norms.square()
+
+
+def output_axes(call: LayerCall, output: Tensor) -> list[int]:
+    """Rows and positions of a layer's output: every axis but the channels'."""
+    return [axis for axis in range(output.ndim) if axis != call.channel_axis % output.ndim]
 
 
 def layer_output(call: LayerCall, x: Tensor, weight: Tensor) -> Tensor:

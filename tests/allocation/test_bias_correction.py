@@ -14,7 +14,7 @@ import qdiff_fx
 from node_by_node import largest_errors
 from qdiff_fx.allocation.bias_correction import bias_corrections
 from qdiff_fx.allocation.estimate import ErrorEstimate, estimate_errors
-from qdiff_fx.allocation.factor_errors import layer_output
+from qdiff_fx.allocation.factor_errors import Reader, layer_output, output_axes, relative_error
 from qdiff_fx.allocation.input_means import input_means
 from qdiff_fx.allocation.probe import Probe
 from qdiff_fx.allocation.sensitivity import measure_sensitivity
@@ -22,7 +22,7 @@ from qdiff_fx.allocation.units import weight_units
 from qdiff_fx.calibration import CalibrationSet
 from qdiff_fx.checks import calibration_set
 from qdiff_fx.fake_quantize import BiasCorrection, QuantizerMode, WeightQuantizer
-from qdiff_fx.graph.edit import layer_call
+from qdiff_fx.graph.edit import get_tensor, layer_call
 from qdiff_fx.model import PreparedUNet
 from qdiff_fx.passes.base import PassContext
 from qdiff_fx.passes.prepare.correct_biases import CorrectBiases, bias_correction
@@ -58,8 +58,7 @@ class MeanErrors(Probe):
             assert isinstance(quantizer, WeightQuantizer)
             x, weight = self.env[call.input], self.env[call.weight]
             error = layer_output(call, x, quantizer.quantized(weight)) - layer_output(call, x, weight)
-            axes = [axis for axis in range(error.ndim) if axis != call.channel_axis % error.ndim]
-            self.plain[n.name] = error.mean(dim=axes)
+            self.plain[n.name] = error.mean(dim=output_axes(call, error))
             correction = bias_correction(self.module, n)
             assert correction is not None, n.name
             self.corrected[n.name] = self.plain[n.name] + correction.correction
@@ -182,5 +181,26 @@ def test_the_estimate_does_not_count_what_the_bias_takes_away(corrected: Prepare
             for unit in weight_units(graph_module)
         )
 
-    print(distance(plain), distance(centred))
     assert distance(centred) < distance(plain)
+
+
+@torch.no_grad()
+def test_a_factor_is_not_judged_by_what_the_bias_takes_away(corrected: PreparedUNet) -> None:
+    graph_module = corrected.graph_module
+    node = next(node for node in graph_module.graph.nodes if node.name == "conv2d_1")
+    call = layer_call(node)
+    assert call is not None
+    quantizer = graph_module.get_submodule(str(call.weight.target))
+    assert isinstance(quantizer, WeightQuantizer)
+    weight, x = get_tensor(graph_module, call.weight_source.target), torch.ones(4, 8, 8, 8)
+    target = layer_output(call, x, weight)
+    shifted = [weight + 0.01]  # constant inputs: all of the error is a constant, but for the borders
+    errors = {
+        centred: float(
+            relative_error(
+                (Reader(call=call, weight=weight, quantizer=quantizer, centred=centred),), [target], x, shifted
+            )
+        )
+        for centred in (False, True)
+    }
+    assert 0.0 < errors[True] < 0.2 * errors[False]
