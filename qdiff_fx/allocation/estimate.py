@@ -16,7 +16,7 @@ from qdiff_fx.allocation.units import WeightUnit, weight_units
 from qdiff_fx.calibration import CalibrationSet
 from qdiff_fx.calibration.progress import progress_bar
 from qdiff_fx.fake_quantize import ActivationQuantizer, QuantizerMode, WeightQuantizer, preserved_modes, set_mode
-from qdiff_fx.graph.edit import layer_call
+from qdiff_fx.graph.edit import LayerCall, layer_call
 from qdiff_fx.graph.memory import row_memory, rows_within
 from qdiff_fx.graph.signature import CallSignature
 from qdiff_fx.numerics.spec import weight_spec
@@ -68,6 +68,7 @@ def estimate_errors(
     without_factor = {target: 0.0 for target, item in candidates.items() if item.plain is not None}
     inputs: dict[str, float] = {}
     products: dict[tuple[str, int | None], float] = {}
+    centring = _Centring(graph_module, means or {})
 
     def on_weight(target: str, quantizer: WeightQuantizer, weight: Tensor) -> Tensor:
         leaf = weight.detach().requires_grad_(True)
@@ -78,7 +79,7 @@ def estimate_errors(
             gradient, accumulated.grad = accumulated.grad, None
             assert gradient is not None
             with torch.no_grad():
-                gradient = probe.centred(target, gradient.double())
+                gradient = centring.centred(target, gradient.double())
                 for key, item in candidates[target].quantizers():
                     product = float((gradient * (item.quantized(value).double() - value.double())).sum())
                     products[target, key] = products.get((target, key), 0.0) + product
@@ -100,7 +101,7 @@ def estimate_errors(
         y.register_hook(accumulate)  # type: ignore[no-untyped-call]
         return y
 
-    probe = _CentringProbe(graph_module, means or {}, on_weight=on_weight, on_input=on_input)
+    probe = _CentringProbe(graph_module, centring, on_weight=on_weight, on_input=on_input)
     generator = torch.Generator().manual_seed(seed)
     rows = spread_rows(data, samples, seed)
     rows = rows[torch.randperm(len(rows), generator=generator)]
@@ -136,11 +137,13 @@ def estimate_errors(
     )
 
 
-class _CentringProbe(Probe):
-    """Keeps the gradients of the outputs of layers whose mean error a bias takes away."""
+class _Centring:
+    """Takes what goes through the layers' mean outputs out of weight gradients.
 
-    def __init__(self, graph_module: fx.GraphModule, means: Mapping[str, Tensor], **callbacks: Any) -> None:
-        super().__init__(graph_module, **callbacks)
+    Not the probe's own business: hooks that held the probe would keep every activation alive.
+    """
+
+    def __init__(self, graph_module: fx.GraphModule, means: Mapping[str, Tensor]) -> None:
         self.means = means
         self.output_gradients: dict[str, Tensor] = {}
         self.readers = {
@@ -148,22 +151,35 @@ class _CentringProbe(Probe):
             for node in graph_module.graph.find_nodes(op="call_module")
         }
 
-    def run_node(self, n: fx.Node) -> Any:
-        output, call = super().run_node(n), layer_call(n) if n.name in self.means else None
-        if call is not None:
-            axes = output_axes(call, output)
+    def watch(self, call: LayerCall, output: Tensor) -> None:
+        """Keep the gradient of this output's channels when it comes."""
+        name, axes = call.node.name, output_axes(call, output)
 
-            def keep(gradient: Tensor) -> None:
-                self.output_gradients[n.name] = gradient.sum(dim=axes)
+        def keep(gradient: Tensor) -> None:
+            self.output_gradients[name] = gradient.sum(dim=axes)
 
-            output.register_hook(keep)
-        return output
+        output.register_hook(keep)  # type: ignore[no-untyped-call]
 
     def centred(self, target: str, gradient: Tensor) -> Tensor:
         """`gradient` of the weight behind this quantizer without what goes through its readers' means."""
         for name in self.readers.get(target, ()):
             gradient = centred(gradient, self.output_gradients.pop(name), self.means[name])
         return gradient
+
+
+class _CentringProbe(Probe):
+    """A probe whose layers' outputs are watched."""
+
+    def __init__(self, graph_module: fx.GraphModule, centring: _Centring, **callbacks: Any) -> None:
+        super().__init__(graph_module, **callbacks)
+        self.centring = centring
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run it; the outputs of layers with known input means are watched."""
+        output, call = super().run_node(n), layer_call(n) if n.name in self.centring.means else None
+        if call is not None:
+            self.centring.watch(call, output)
+        return output
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ from qdiff_fx.allocation.allocate import Candidate, allocate, choose, layer_cand
 from qdiff_fx.allocation.channel_factors import FactorChoice, choose_channel_factors
 from qdiff_fx.allocation.estimate import ErrorEstimate, error_at, estimate_errors
 from qdiff_fx.allocation.factor_search import channel_shifts, smoothing_factor
+from qdiff_fx.allocation.input_means import input_means
 from qdiff_fx.allocation.target import reach_target
 from qdiff_fx.allocation.units import (
     input_units,
@@ -69,9 +70,11 @@ def test_estimate_keeps_no_activations_alive(prepared: PreparedUNet, data: Calib
         gc.collect()
         return sum(type(item) is torch.Tensor and item.ndim == 4 for item in gc.get_objects())
 
-    estimate_errors(prepared.graph_module, prepared.signature, data, samples=4, batch_size=2)  # caches, once
+    graph_module, signature = prepared.graph_module, prepared.signature
+    means = input_means(graph_module, signature, data, samples=4)
+    estimate_errors(graph_module, signature, data, means=means, samples=4, batch_size=2)  # caches, once
     before = alive()
-    estimate_errors(prepared.graph_module, prepared.signature, data, samples=8, batch_size=2)
+    estimate_errors(graph_module, signature, data, means=means, samples=8, batch_size=2)
     assert alive() <= before
 
 
