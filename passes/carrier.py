@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import warnings
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -9,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from qdiff_fx.errors import ConversionError, QDiffWarning
 from qdiff_fx.graph.edit import LAYER_OPERATORS, create_call, get_tensor, set_tensor
 from qdiff_fx.graph.meta import FIXED_DTYPE
 from qdiff_fx.graph.propagate import propagate
@@ -16,6 +20,48 @@ from qdiff_fx.graph.signature import CallSignature
 
 aten = torch.ops.aten
 qdiff = torch.ops.qdiff
+
+FP16_SAFE_MAXIMUM = 16_384.0
+"""Largest |x| of an observed tensor that may run in fp16: a quarter of its range, since calibration saw a sample."""
+
+BFLOAT16_KEEPS_DB = 30.0
+"""Of a tensor's variance over its own rounding; tensors of trained networks keep over 45 dB."""
+
+_BFLOAT16_ERROR = 2.75e-6
+"""Mean relative energy of rounding to 8 significant bits: ulp^2 / 12, mantissas spread evenly in the logarithm."""
+
+
+def check_carrier(
+    dtype: torch.dtype, maxima: Mapping[str, float], offsets: Mapping[str, float], *, stacklevel: int = 3
+) -> None:
+    """Raise ConversionError if a tensor was observed to be too large for an fp16 carrier.
+
+    Warns of a bfloat16 carrier whose 8 bits go to constants that channels lie around instead of to what varies.
+
+    Args:
+      dtype: the carrier type asked for.
+      maxima: largest |x| of every observed tensor by its name.
+      offsets: energy over variance of the observed tensors, by name.
+      stacklevel: of the warning; 3 is the caller of the caller.
+    """
+    if not dtype.is_floating_point:
+        raise ConversionError(f"dtype={dtype}: want a carrier type, torch.float32, torch.bfloat16 or torch.float16")
+    worst = max(maxima, key=lambda name: maxima[name], default=None)
+    if dtype == torch.float16 and worst is not None and maxima[worst] > FP16_SAFE_MAXIMUM:
+        raise ConversionError(
+            f"{worst}: |x| reached {maxima[worst]:.3g} in calibration, too much for an fp16 carrier (at most "
+            f"{FP16_SAFE_MAXIMUM:,.0f}); use dtype=torch.bfloat16 or torch.float32"
+        )
+    kept = {name: -10.0 * math.log10(_BFLOAT16_ERROR * ratio) for name, ratio in offsets.items()}
+    lost = min(kept, key=lambda name: kept[name], default=None)
+    if dtype == torch.bfloat16 and lost is not None and kept[lost] < BFLOAT16_KEEPS_DB:
+        warnings.warn(
+            f"{lost}: its channels lie around constants, {offsets[lost] ** 0.5:.0f} times what varies; rounding to "
+            f"bfloat16 alone leaves {kept[lost]:.0f} dB of it (want {BFLOAT16_KEEPS_DB:.0f}), and each reader adds "
+            f"to that; use dtype=torch.float32",
+            QDiffWarning,
+            stacklevel=stacklevel,
+        )
 
 
 def set_carrier(plan: fx.GraphModule, signature: CallSignature, dtype: torch.dtype) -> CallSignature:

@@ -33,7 +33,7 @@ from qdiff_fx.calibration.progress import named_steps
 from qdiff_fx.calibration.provenance import noise_process
 from qdiff_fx.calibration.report import CalibrationReport, quality_line
 from qdiff_fx.checkpoint import DEFAULT_SHARD_BYTES
-from qdiff_fx.checks import calibration_set, check_calibrate, check_carrier, check_prepare, check_stage
+from qdiff_fx.checks import calibration_set, check_calibrate, check_prepare, check_stage
 from qdiff_fx.config import QDiffConfig
 from qdiff_fx.errors import ConversionError
 from qdiff_fx.examples import example_call
@@ -46,7 +46,7 @@ from qdiff_fx.lowering import check_choices
 from qdiff_fx.model import PreparedUNet, QuantizedUNet
 from qdiff_fx.numerics.metrics import finite_or_none
 from qdiff_fx.passes.base import PassContext, run_passes
-from qdiff_fx.passes.carrier import set_carrier
+from qdiff_fx.passes.carrier import check_carrier, set_carrier
 from qdiff_fx.passes.convert import CONVERT
 from qdiff_fx.passes.prepare import PREPARE
 from qdiff_fx.reconstruction import ReconstructionConfig
@@ -365,6 +365,7 @@ def load(
     backend: str = "auto",
     *,
     device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
     strict: bool = False,
     autotune: bool = False,
     progress: bool | None = None,
@@ -377,6 +378,7 @@ def load(
     Args:
       backend: "auto", or a name in `qdiff_fx.kernels.BACKENDS`.
       device: where the tensors go.
+      dtype: the carrier type; None keeps the one that it was saved in. What bfloat16 rounded stays rounded in float32.
       strict: refuse any fallback from integer kernels.
       autotune: as in `convert`; times that the directory holds for this machine are used, others are taken and added
         to it (autotune.json).
@@ -384,10 +386,11 @@ def load(
 
     Raises:
       CheckpointError: for a missing, damaged or edited file, or another format version; names the file and field.
+      ConversionError: for an fp16 carrier where calibration saw |x| above 16,384, naming the tensor.
       BackendError: for an unknown or unavailable backend or device, or a fallback under `strict`.
     """
     quantized = QuantizedUNet.load(
-        directory, backend, device=device, strict=strict, autotune=autotune, progress=progress
+        directory, backend, device=device, dtype=dtype, strict=strict, autotune=autotune, progress=progress
     )
     logger.info("%s: %s", directory, quality_line(quantized.calibration))
     return quantized

@@ -16,6 +16,7 @@ from diffusers.utils.outputs import BaseOutput
 from torch import Tensor, fx
 
 from qdiff_fx.autotune import Timings
+from qdiff_fx.casts import keeping_types, warn_of_cast
 from qdiff_fx.checkpoint import (
     DEFAULT_SHARD_BYTES,
     StoredModel,
@@ -36,6 +37,7 @@ from qdiff_fx.kernels import BACKENDS, device_of_map, rival_backends, select_bac
 from qdiff_fx.kernels.machine import machine_signature
 from qdiff_fx.lowering import LoweringReport, check_choices, lower, offload
 from qdiff_fx.passes.base import PassResult
+from qdiff_fx.passes.carrier import check_carrier, set_carrier
 from qdiff_fx.safe_io import write_bytes
 from qdiff_fx.step_timing import step_milliseconds
 
@@ -59,14 +61,10 @@ def _compiler_options(backend: Any) -> dict[str, Any]:
     return unguarded | ({"size_asserts": False} if backend in (None, "inductor") else {})
 
 
-def _keeping_types(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """`fn` without its casts: scales stay float32, unrounded, under a cast to the carrier type."""
-
-    def moved(tensor: Tensor) -> Tensor:
-        result = fn(tensor)
-        return result if result.dtype == tensor.dtype else tensor.to(result.device)
-
-    return moved
+def _numbers(stored: Any) -> dict[str, float]:
+    """The positive numbers of a stored table."""
+    items = stored.items() if isinstance(stored, Mapping) else ()
+    return {str(name): value for name, value in items if isinstance(value, (int, float)) and value > 0}
 
 
 class GraphUNet(ModelMixin, ConfigMixin):
@@ -81,6 +79,7 @@ class GraphUNet(ModelMixin, ConfigMixin):
 
     config_name = "config.json"  # type: ignore[assignment]
     qdiff_stage = ""
+    _other_type = ""
     _supports_group_offloading = False  # kernels read the tensors, not the modules that such hooks are put on
     original_class: str
     """Name of the class that the graph was captured from."""
@@ -168,15 +167,13 @@ class GraphUNet(ModelMixin, ConfigMixin):
         tensor = next(iter(self.parameters()), None) if tensor is None else tensor
         return torch.device("cpu") if tensor is None else tensor.device
 
-    def _refuse_cast(self, fn: Callable[[Tensor], Tensor], remedy: str) -> None:
-        """Raise InputError if `fn`, which `.to()` and its kin apply to every tensor, changes the carrier type."""
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """What `.to()`, `.half()` and their kin do: move, without a cast, which is warned of."""
         dtype = fn(torch.empty(0, dtype=self.dtype, device=self.device)).dtype
         if dtype != self.dtype:
-            raise InputError(
-                f"a {self.qdiff_stage} model stays in its carrier type {self.dtype} (scales would be rounded to "
-                f"{dtype}); {remedy} qdiff_fx.convert(prepared, dtype={dtype}); in a pipeline, cast the other parts "
-                f"alone: this one takes samples of their type and returns it"
-            )
+            warn_of_cast(self.qdiff_stage, self.dtype, dtype, self._other_type)
+        super()._apply(keeping_types(fn), recurse)  # type: ignore[no-untyped-call]
+        return self
 
 
 class PreparedUNet(GraphUNet):
@@ -187,6 +184,7 @@ class PreparedUNet(GraphUNet):
     """
 
     qdiff_stage = "prepared"
+    _other_type = "cast the original before prepare(), or use qdiff_fx.convert(prepared, dtype={})"
 
     def __init__(
         self,
@@ -217,12 +215,6 @@ class PreparedUNet(GraphUNet):
         set_mode(self.graph_module, mode)
         return self
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # A cast would reach the original module too, whose parameters these are.
-        self._refuse_cast(fn, "change the original before prepare(), or use")
-        super()._apply(_keeping_types(fn), recurse)  # type: ignore[no-untyped-call]
-        return self
-
 
 class QuantizedUNet(GraphUNet):
     """A converted network: packed integer weights, integer activations, lowered to one backend's kernels.
@@ -231,6 +223,7 @@ class QuantizedUNet(GraphUNet):
     """
 
     qdiff_stage = "quantized"
+    _other_type = "use qdiff_fx.convert(prepared, dtype={}), or qdiff_fx.load(folder, dtype={})"
     lowered: fx.GraphModule
     _separate: fx.GraphModule | None
 
@@ -363,12 +356,11 @@ class QuantizedUNet(GraphUNet):
         return self._report
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self._refuse_cast(fn, "use")
-        moves = fn(torch.empty(0, device=self.device)).device != self.device
-        super()._apply(_keeping_types(fn), recurse)  # type: ignore[no-untyped-call]
-        if moves:
+        placement = fn(torch.empty(0, device=self.device)).device
+        super()._apply(fn, recurse)
+        if placement != self.device:
             self.__dict__["_separate"] = None
-            self._placement = fn(torch.empty(0, device=self.device)).device
+            self._placement = placement
             self._compiled = None
             set_device(self.plan.graph, self.device)
             self.plan.recompile()
@@ -403,6 +395,7 @@ class QuantizedUNet(GraphUNet):
         backend: str = "auto",
         *,
         device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
         strict: bool = False,
         autotune: bool = False,
         progress: bool | None = False,
@@ -410,6 +403,10 @@ class QuantizedUNet(GraphUNet):
         """The model that `save` wrote. See `qdiff_fx.load`."""
         timings = read_timings(Path(folder)) if autotune else {}
         model = read_model(Path(folder), usable_device(device), progress=progress)
+        if dtype is not None and dtype != model.carrier:
+            maxima, offsets = (_numbers(model.calibration.get(key)) for key in ("maxima", "offsets"))
+            check_carrier(dtype, maxima, offsets, stacklevel=4)  # the caller of qdiff_fx.load
+            model = replace(model, signature=set_carrier(model.plan, model.signature, dtype))
         result = cls(
             model.plan,
             model.config,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 from torch import Tensor, nn
 
 import qdiff_fx
-from qdiff_fx.errors import InputError
+from qdiff_fx.errors import InputError, QDiffWarning
 from qdiff_fx.fake_quantize import QuantizerMode
 from subjects import CONTEXT, Preparer, calls_of, signal_to_noise, sketch_inputs
 
@@ -211,11 +212,14 @@ def test_moving_lowers_again_for_the_new_device(preparer: Preparer, sketch: nn.M
 
 @pytest.mark.parametrize("cast", ["to", "to both", "half", "bfloat16", "double"])
 @pytest.mark.parametrize("stage", ["quantized", "prepared"])
-def test_a_change_of_type_names_the_way_that_works(
+def test_a_change_of_type_changes_nothing_and_names_the_way_that_does(
     cast: str, stage: str, unconditional: nn.Module, preparer: Preparer, quantized: qdiff_fx.QuantizedUNet
 ) -> None:
     model = quantized if stage == "quantized" else preparer(unconditional)
-    before = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+    x, lowered = _noise(), quantized.lowered
+    with torch.no_grad():
+        wanted = model(x, 3).sample
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     calls: dict[str, Any] = {
         "to": lambda: model.to(torch.bfloat16),
         "to both": lambda: model.to("cpu", dtype=torch.float16),
@@ -224,13 +228,30 @@ def test_a_change_of_type_names_the_way_that_works(
         "double": model.double,
     }
     remedy = {
-        "quantized": r"use qdiff_fx\.convert\(prepared, dtype=torch\.",
-        "prepared": r"change the original before prepare\(\), or use qdiff_fx\.convert\(prepared, dtype=torch\.",
+        "quantized": r"use qdiff_fx\.convert\(prepared, dtype=torch\.\w+\), or qdiff_fx\.load\(folder, dtype=torch\.",
+        "prepared": r"cast the original before prepare\(\), or use qdiff_fx\.convert\(prepared, dtype=torch\.",
     }[stage]
-    with pytest.raises(InputError, match=f"stays in its carrier type torch.float32 .*{remedy}"):
-        calls[cast]()
-    assert {name: tensor.dtype for name, tensor in model.state_dict().items()} == before
+    with pytest.warns(QDiffWarning) as caught:
+        assert calls[cast]() is model
+    (message,) = [str(item.message) for item in caught]
+    assert re.search(f"stays in its carrier type torch.float32: .*{remedy}", message)
+    after = model.state_dict()
+    assert all(
+        tensor.dtype == after[name].dtype and torch.equal(tensor, after[name]) for name, tensor in before.items()
+    )
+    assert model.dtype == torch.float32 and quantized.lowered is lowered
     assert {parameter.dtype for parameter in unconditional.parameters()} == {torch.float32}
+    with torch.no_grad():
+        seen = model(x, 3).sample
+    assert seen.dtype == torch.float32 and torch.equal(seen, wanted)
+
+
+def test_a_cast_with_a_move_moves(preparer: Preparer, sketch: nn.Module) -> None:
+    quantized = qdiff_fx.convert(preparer.fitted(sketch), backend="reference")
+    with pytest.warns(QDiffWarning, match="stays in its carrier type"):
+        moved = quantized.to("meta", torch.bfloat16)  # the meta device stands for any other
+    assert moved.device.type == "meta" and moved.dtype == torch.float32
+    assert {tensor.device.type for tensor in (*moved.buffers(), *moved.lowered.buffers())} == {"meta"}
 
 
 def test_convert_makes_a_bfloat16_model_close_to_the_float32_one(preparer: Preparer, sketch: nn.Module) -> None:

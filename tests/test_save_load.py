@@ -52,6 +52,37 @@ def test_outputs_are_bit_equal(
         assert torch.equal(_run(loaded, *inputs), _run(saved, *inputs))
 
 
+@pytest.mark.parametrize("preset", ["w8a8", "w4a32"])
+def test_a_type_at_loading_gives_what_convert_gives_in_it(
+    sketch: nn.Module, preparer: Any, tmp_path: Path, preset: str
+) -> None:
+    prepared = preparer.fitted(sketch, preset)
+    qdiff_fx.save(qdiff_fx.convert(prepared, backend="reference"), tmp_path / "float32")
+    wanted = qdiff_fx.convert(prepared, backend="reference", dtype=torch.bfloat16)
+    loaded = qdiff_fx.load(tmp_path / "float32", "reference", dtype=torch.bfloat16)
+    qdiff_fx.save(loaded, tmp_path / "bfloat16")
+    for model in (loaded, qdiff_fx.load(tmp_path / "bfloat16", "reference")):
+        assert model.dtype == torch.bfloat16 and model.plan.code == wanted.plan.code
+        for inputs in (sketch_inputs(2), (torch.randn(3, 2, 4, 12), 7)):
+            assert torch.equal(_run(model, *inputs), _run(wanted, *inputs))
+    same = qdiff_fx.load(tmp_path / "float32", "reference", dtype=torch.float32)
+    assert same.dtype == torch.float32 and not torch.equal(
+        _run(same, *sketch_inputs(2)), _run(wanted, *sketch_inputs(2))
+    )
+
+
+def test_a_float16_carrier_is_refused_at_loading_where_calibration_saw_too_much(
+    sketch: nn.Module, preparer: Any, tmp_path: Path
+) -> None:
+    converted = qdiff_fx.convert(preparer.fitted(sketch), backend="reference")
+    converted.calibration = {"maxima": {"somewhere": 20_000.0, "elsewhere": 3.0}}
+    qdiff_fx.save(converted, tmp_path)
+    with pytest.raises(ConversionError, match=r"somewhere: \|x\| reached 2e\+04 .*; use dtype=torch.bfloat16"):
+        qdiff_fx.load(tmp_path, "reference", dtype=torch.float16)
+    with pytest.raises(ConversionError, match=r"dtype=torch.int8: want a carrier type"):
+        qdiff_fx.load(tmp_path, "reference", dtype=torch.int8)
+
+
 def test_a_diffusers_model_keeps_its_call_and_config(unconditional: nn.Module, preparer: Any, tmp_path: Path) -> None:
     prepared = preparer.fitted(unconditional, "w4a8")
     saved = qdiff_fx.convert(prepared, backend="reference")

@@ -14,7 +14,7 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline
 import qdiff_fx
 from families import FamilyRun
 from pipelines import stable_parts
-from qdiff_fx.errors import BackendError, InputError
+from qdiff_fx.errors import BackendError, InputError, QDiffWarning
 
 Chain = Callable[[str], FamilyRun]
 
@@ -59,14 +59,30 @@ def test_a_move_and_the_carriers_own_type_change_nothing(pipe: Any, wanted: np.n
         assert moved is pipe and np.array_equal(_images(pipe), wanted)
 
 
-def test_a_cast_to_another_type_is_refused_with_the_remedy(folder: Path, wanted: np.ndarray) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_cast_of_the_pipeline_casts_the_other_parts(
+    chain: Chain, folder: Path, wanted: np.ndarray, dtype: torch.dtype
+) -> None:
     pipe = _load(folder)
-    remedy = r"use qdiff_fx.convert\(prepared, dtype=torch.bfloat16\); in a pipeline, cast the other parts alone"
-    with pytest.raises(InputError, match=rf"stays in its carrier type torch.float32 .*{remedy}"):
-        pipe.to(torch.bfloat16)
-    pipe.to(torch.float32)  # parts before the network were cast
+    args, kwargs = chain("sd-2").calls[1]
+    with torch.no_grad():
+        exact = pipe.unet(*args, **kwargs).sample
+    before = {name: tensor.clone() for name, tensor in pipe.unet.state_dict().items()}
+    remedy = rf"use qdiff_fx.convert\(prepared, dtype={dtype}\), or qdiff_fx.load\(folder, dtype={dtype}\)"
+    with pytest.warns(QDiffWarning, match=rf"stays in its carrier type torch.float32: .*{remedy}") as caught:
+        assert pipe.to(dtype) is pipe
+    assert len(caught) == 1
+    assert _dtypes(pipe) == {"unet": torch.float32, "vae": dtype, "text_encoder": dtype}
+    after = pipe.unet.state_dict()
+    assert all(
+        tensor.dtype == after[name].dtype and torch.equal(tensor, after[name]) for name, tensor in before.items()
+    )
+    with torch.no_grad():
+        assert torch.equal(pipe.unet(*args, **kwargs).sample, exact)
+    # bfloat16 keeps 8 bits; encoder and decoder of this pipeline have some 50 layers.
+    assert 0 < np.abs(_images(pipe) - wanted).mean() < 0.05
+    pipe.to(torch.float32)
     assert set(_dtypes(pipe).values()) == {torch.float32}
-    assert np.abs(_images(pipe) - wanted).mean() < 0.05
 
 
 def test_a_type_at_loading_is_that_of_the_other_parts(folder: Path, wanted: np.ndarray) -> None:
@@ -76,21 +92,24 @@ def test_a_type_at_loading_is_that_of_the_other_parts(folder: Path, wanted: np.n
     assert 0 < np.abs(_images(pipe) - wanted).mean() < 0.05
 
 
-def test_the_remedy_gives_a_pipeline_of_one_type(
+def test_the_remedies_give_a_pipeline_of_one_type(
     chain: Chain, folder: Path, wanted: np.ndarray, tmp_path: Path
 ) -> None:
     parts = stable_parts(folder.parent / "same parts")
     pipe: Any = StableDiffusionPipeline(unet=chain("sd-2").model, **parts)
     pipe.unet = qdiff_fx.convert(chain("sd-2").prepared, dtype=torch.bfloat16)
     pipe.set_progress_bar_config(disable=True)
+    args, kwargs = chain("sd-2").calls[1]
+    call = (args[0].bfloat16(), *args[1:])
+    with torch.no_grad():
+        other = qdiff_fx.load(chain("sd-2").folder, dtype=torch.bfloat16)
+        assert torch.equal(other(*call, **kwargs).sample, pipe.unet(*call, **kwargs).sample)
     pipe.to(torch.bfloat16).save_pretrained(tmp_path)
     seen = _images(pipe)
     # The network's own roundings move with its carrier type, so this is not only the other parts' bfloat16.
     assert 0 < np.abs(seen - wanted).mean() < 0.1
     kept = _load(tmp_path, dtype=torch.bfloat16)
     assert set(_dtypes(kept).values()) == {torch.bfloat16}
-    args, kwargs = chain("sd-2").calls[1]
-    call = (args[0].bfloat16(), *args[1:])
     with torch.no_grad():
         assert torch.equal(kept.unet(*call, **kwargs).sample, pipe.unet(*call, **kwargs).sample)
     # The other parts come from another place in memory, where sums of bfloat16 may be taken in another order.
