@@ -1,8 +1,8 @@
 """Block shapes of the Triton kernels: what each architecture may run, and which one a layer gets.
 
-Every entry was compiled for its architecture in every variant and keeps all its values in registers
-(docs/results-cuda-kernels.md; a slow test compiles them again). Which one a layer gets is timed with autotune=True;
-otherwise the shape with the smallest predicted time is taken.
+Every entry was compiled for its architecture in every variant that may run with it and keeps all its values in
+registers (docs/results-cuda-kernels.md; a slow test compiles them again). Which one a layer gets is timed with
+autotune=True; otherwise the shape with the smallest predicted time is taken.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ TILES: Mapping[Capability, Mapping[bool, tuple[Tile, ...]]] = {
     (9, 0): {False: _HOPPER, True: _HOPPER_PACKED},
     (10, 0): {False: _BLACKWELL, True: _HOPPER_PACKED},
 }
-"""By capability, then by whether weights are packed."""
+"""By capability, then by whether weights are packed. `layer_tiles` tells which of them a layer may have."""
 
 
 def interpreter_tile(product: Product) -> Tile:
@@ -191,9 +191,21 @@ def attention_tiles(head: int, gpu: Gpu | None) -> tuple[AttentionTile, ...]:
     return next((tiles for size, tiles in ATTENTION_TILES.items() if head <= size), _INTERPRETED_ATTENTION)
 
 
+def layer_tiles(product: Product, gpu: Gpu) -> tuple[Tile, ...]:
+    """The tiles of `gpu`'s table that keep the layer's values in registers.
+
+    Packed weights of several groups, or of rows that cannot be read 16 bytes at a time, need more of them for
+    addresses and masks: the large tiles spill.
+    """
+    tiles = TILES[gpu.capability][product.packed]
+    if product.packed and (product.groups > 1 or product.depth % 32):
+        return tuple(tile for tile in tiles if max(tile.rows, tile.outputs) <= 64)
+    return tiles
+
+
 def ranked_tiles(product: Product, gpu: Gpu) -> list[Tile]:
     """The tiles of `gpu`'s table worth trying, the one with the smallest predicted time first."""
-    cycles = {tile: tile_cycles(product, tile, gpu) for tile in TILES[gpu.capability][product.packed]}
+    cycles = {tile: tile_cycles(product, tile, gpu) for tile in layer_tiles(product, gpu)}
     ranked = sorted(cycles, key=lambda tile: cycles[tile])
     return [tile for tile in ranked if cycles[tile] <= _WORTH_TRYING * cycles[ranked[0]]]
 

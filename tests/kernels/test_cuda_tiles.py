@@ -20,7 +20,7 @@ from qdiff_fx.kernels.cuda_model import (
     integer_layer,
     vendor_integer_layer,
 )
-from qdiff_fx.kernels.cuda_tiles import TILES, Product, interpreter_tile, ranked_tiles
+from qdiff_fx.kernels.cuda_tiles import TILES, Product, interpreter_tile, layer_tiles, ranked_tiles
 
 ROOT = Path(__file__).resolve().parents[2]
 H100 = GPUS[(9, 0)]
@@ -38,6 +38,17 @@ def test_large_layers_get_large_tiles_and_small_ones_enough_blocks() -> None:
     small = ranked_tiles(Product(rows=128, outputs=1280, depth=1280, taps=9), H100)[0]
     assert large.rows * large.outputs == 128 * 128
     assert small.rows * small.outputs < large.rows * large.outputs
+
+
+@pytest.mark.parametrize("gpu", GPUS.values(), ids=lambda gpu: gpu.architecture)
+def test_packed_weights_of_groups_or_of_ragged_rows_get_narrow_tiles(gpu: Gpu) -> None:
+    def widest(depth: int, *, groups: int = 1, packed: bool = True) -> int:
+        product = Product(rows=8192, outputs=640, depth=depth, taps=9, groups=groups, packed=packed)
+        assert set(ranked_tiles(product, gpu)) <= set(layer_tiles(product, gpu)) <= set(TILES[gpu.capability][packed])
+        return max(max(tile.rows, tile.outputs) for tile in layer_tiles(product, gpu))
+
+    assert widest(320, groups=2) == widest(36) == widest(5) == 64
+    assert widest(320) == widest(320, groups=2, packed=False) == widest(5, packed=False) == 128
 
 
 def test_an_interpreter_tile_covers_the_layer() -> None:
@@ -108,4 +119,5 @@ def test_every_kernel_compiles_for_every_gpu_without_spilling(tmp_path: Path) ->
     assert done.returncode == 0, done.stderr[-3000:]
     rows = json.loads(out.read_text())["rows"]
     assert {row["architecture"] for row in rows} == {gpu.architecture for gpu in GPUS.values()}
-    assert all(row["instructions"] > 0 and row["spilled"] == 0 for row in rows)
+    assert all(row["spilled"] == 0 and (row["instructions"] > 0) == row["product"] for row in rows)
+    assert {row["kernel"].split()[0].rstrip(",") for row in rows} == {"W8", "W4", "attention", "scores", "rescale"}

@@ -19,9 +19,17 @@ from triton.compiler import ASTSource
 from qdiff_fx.errors import BackendError
 from qdiff_fx.kernels.cuda_gpu import Capability
 from qdiff_fx.kernels.cuda_tiles import AttentionTile, Tile
-from qdiff_fx.kernels.triton_kernels.attention import attention
-from qdiff_fx.kernels.triton_kernels.launch import EXACT, GROUP_M, head_block, interpreted
+from qdiff_fx.kernels.triton_kernels.attention import attention, score_accumulators
+from qdiff_fx.kernels.triton_kernels.launch import (
+    EXACT,
+    GROUP_M,
+    RESCALE_TILE,
+    SCORE_TILE,
+    head_block,
+    interpreted,
+)
 from qdiff_fx.kernels.triton_kernels.layer import implicit_gemm
+from qdiff_fx.kernels.triton_kernels.rescale import rescale
 
 INSTRUCTIONS: Mapping[int, str] = {
     8: r"mma\.sync\.[^;]*\.s8\.s8",
@@ -40,7 +48,7 @@ class LayerVariant:
     Args:
       name: for tables.
       channels, outputs: of the layer.
-      kernel, stride, padding: of a square convolution; 1, 1, 0 is a linear too.
+      kernel, stride, padding, groups: of a square convolution; 1, 1, 0, 1 is a linear too.
       packed, shifted: 4-bit weights, with channel shifts.
       embedding, residual, silu, requantize: steps of the epilogue; a bias is always added.
       carrier: output dtype, and that of embedding and residual.
@@ -52,6 +60,7 @@ class LayerVariant:
     kernel: int = 3
     stride: int = 1
     padding: int = 1
+    groups: int = 1
     packed: bool = False
     shifted: bool = False
     embedding: bool = False
@@ -82,24 +91,18 @@ class Compiled:
 
 def compile_layer(variant: LayerVariant, tile: Tile, capability: Capability) -> Compiled:
     """Compile `variant` with `tile`. Raises BackendError under the interpreter, which compiles nothing."""
-    carrier = _POINTERS[variant.carrier]
     kinds = {
+        **_epilogue(variant),
         "x": "*i8",
         "weight": "*i8",
-        "scale": "*fp32",
-        "correction": "*i32",
         "weight_zero_point": "*i8" if variant.packed else None,
         "channel_shift": "*i8" if variant.shifted else None,
-        "bias": "*fp32",
-        "embedding": carrier if variant.embedding else None,
-        "residual": carrier if variant.residual else None,
-        "inv_scale": "*fp32" if variant.requantize else None,
-        "output": "*i8" if variant.requantize else carrier,
+        "embedding": _POINTERS[variant.carrier] if variant.embedding else None,
     }
     constants = {
         "CHANNELS": variant.channels,
         "OUTPUTS": variant.outputs,
-        "GROUPS": 1,
+        "GROUPS": variant.groups,
         **{f"KERNEL_{axis}": variant.kernel for axis in "HW"},
         **{f"STRIDE_{axis}": variant.stride for axis in "HW"},
         **{f"PADDING_{axis}": variant.padding for axis in "HW"},
@@ -113,15 +116,54 @@ def compile_layer(variant: LayerVariant, tile: Tile, capability: Capability) -> 
     return _compile(implicit_gemm, kinds, constants, capability, tile.warps, tile.stages)
 
 
+def compile_rescale(variant: LayerVariant, capability: Capability) -> Compiled:
+    """Compile the end of a layer whose product torch._int_mm makes: `outputs` and the epilogue of `variant`."""
+    block_m, block_n, warps = RESCALE_TILE
+    kinds = {**_epilogue(variant), "product": "*i32"}
+    constants = {"OUTPUTS": variant.outputs, "SILU": variant.silu, "BLOCK_M": block_m, "BLOCK_N": block_n}
+    return _compile(rescale, kinds, constants, capability, warps, 1)
+
+
+def _epilogue(variant: LayerVariant) -> dict[str, str | None]:
+    carrier = _POINTERS[variant.carrier]
+    return {
+        "scale": "*fp32",
+        "correction": "*i32",
+        "bias": "*fp32",
+        "residual": carrier if variant.residual else None,
+        "inv_scale": "*fp32" if variant.requantize else None,
+        "output": "*i8" if variant.requantize else carrier,
+    }
+
+
+def compile_scores(head: int, capability: Capability) -> Compiled:
+    """Compile the kernel that gives attention's score accumulators alone."""
+    block_m, block_n, warps = SCORE_TILE
+    kinds: dict[str, str | None] = {"query": "*i8", "key": "*i8", "key_sums": "*i32", "output": "*i32"}
+    constants = {"HEAD": head, "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_E": head_block(head)}
+    return _compile(score_accumulators, kinds, constants, capability, warps, 1)
+
+
 def compile_attention(
-    head: int, tile: AttentionTile, capability: Capability, *, masked: bool = False, causal: bool = False
+    head: int,
+    tile: AttentionTile,
+    capability: Capability,
+    *,
+    mask: torch.dtype | None = None,
+    causal: bool = False,
+    carrier: torch.dtype = torch.float16,
 ) -> Compiled:
-    """Compile attention over heads of size `head`."""
+    """Compile attention over heads of size `head`.
+
+    Args:
+      mask: None without one; torch.int8 for a boolean mask, a floating type for one that is added.
+      carrier: output dtype.
+    """
     pointers = {"query": "*i8", "key": "*i8", "value": "*i8", "key_sums": "*i32", "value_sums": "*i32"}
     kinds = {
         **pointers,
-        "mask": "*i8" if masked else None,
-        "output": "*fp16",
+        "mask": None if mask is None else _POINTERS[mask],
+        "output": _POINTERS[carrier],
         "score_scale": "fp32",
         "output_scale": "fp32",
     }

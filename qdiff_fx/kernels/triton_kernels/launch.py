@@ -28,6 +28,13 @@ EXACT = {"enable_fp_fusion": False}
 """No fused multiply-adds in epilogues: the same bits as the reference."""
 
 
+RESCALE_TILE = (32, 128, 4)
+"""Rows, outputs and warps of `rescale`."""
+
+SCORE_TILE = (64, 64, 4)
+"""Queries, keys and warps of `score_accumulators`."""
+
+
 def interpreted() -> bool:
     """Whether the kernels run in Triton's interpreter (TRITON_INTERPRET=1), hence on the CPU."""
     return not isinstance(implicit_gemm, JITFunction)
@@ -150,7 +157,7 @@ def int_mm_linear(
     if rows < SMALLEST_INT_MM:
         matrix = functional.pad(matrix, (0, 0, 0, SMALLEST_INT_MM - rows))
     product = torch._int_mm(matrix, weight.t())
-    block_m, block_n = 32, 128
+    block_m, block_n, warps = RESCALE_TILE
     with _stored(output) as buffer:
         rescale[(triton.cdiv(rows, block_m) * triton.cdiv(outputs, block_n),)](
             product,
@@ -166,7 +173,7 @@ def int_mm_linear(
             silu,
             BLOCK_M=block_m,
             BLOCK_N=block_n,
-            num_warps=4,
+            num_warps=warps,
             **EXACT,
         )
 
@@ -235,7 +242,8 @@ def attention_scores(query: Tensor, key: Tensor, zero_points: Sequence[int]) -> 
     """[L, S] int32 score accumulators of one head, as `fused_attention` computes them."""
     (queries, head), keys = query.shape, key.shape[0]
     output = torch.empty(queries, keys, dtype=torch.int32, device=query.device)
-    score_accumulators[(triton.cdiv(queries, 32), triton.cdiv(keys, 32))](
+    block_m, block_n, warps = SCORE_TILE
+    score_accumulators[(triton.cdiv(queries, block_m), triton.cdiv(keys, block_n))](
         query,
         key,
         key.sum(-1, dtype=torch.int32),
@@ -244,9 +252,10 @@ def attention_scores(query: Tensor, key: Tensor, zero_points: Sequence[int]) -> 
         keys,
         *zero_points[:2],
         HEAD=head,
-        BLOCK_M=32,
-        BLOCK_N=32,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
         BLOCK_E=head_block(head),
+        num_warps=warps,
         **EXACT,
     )
     return output
