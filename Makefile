@@ -51,7 +51,7 @@ docs: .venv/.docs
 gpu: $(INSTALLED)
 	TRITON_INTERPRET=0 $(BIN)/python -m pytest -q -m "slow or not slow" -k cuda \
 	  tests/kernels/test_backends_contract.py tests/kernels/test_cuda_device.py
-	$(BIN)/python benchmarks/latency_cuda.py sd15 sdxl --out docs/results-cuda.json
+	$(BIN)/python benchmarks/latency.py --device cuda sd15 sdxl --out docs/results-cuda.json
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .

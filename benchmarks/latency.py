@@ -1,11 +1,12 @@
 """Latency of one UNet step on the CPU: torch.compile in fp32 and bf16 against the converted model on the x86 backend.
 
     OMP_NUM_THREADS=1 python benchmarks/latency.py fashion ddpm-cifar10 --out docs/results-latency.json
+    python benchmarks/latency.py --device cuda sd15 sdxl --out docs/results-cuda.json
 
 All arms of a case run in one process, interleaved, under the same threads and malloc settings; medians, and medians of
 the ratios of neighbouring runs. Cases already in the JSON are kept unless they are named again; the table is written
 beside it as .md. Architectures other than the bundled ones have random weights: their latency is real, quality is not
-asked for.
+asked for. `--device cuda` runs latency_cuda.py, which takes other arguments.
 """
 
 from __future__ import annotations
@@ -97,6 +98,8 @@ CASES: Mapping[str, Callable[[], tuple[torch.nn.Module, dict[str, Tensor]]]] = {
 
 
 def main() -> None:
+    if "--device" in sys.argv:
+        on_device()
     with_malloc_settings()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="+", choices=list(CASES))
@@ -115,6 +118,16 @@ def main() -> None:
         results[name] = measure(name, arguments)
         write_json(arguments.out, results)
         write_bytes(arguments.out.with_suffix(".md"), table(results).encode())
+
+
+def on_device() -> None:
+    """Take `--device cpu` off the command line; become latency_cuda.py for cuda."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--device", choices=("cpu", "cuda"))
+    options, sys.argv[1:] = parser.parse_known_args()
+    if options.device == "cuda":
+        other = Path(__file__).with_name("latency_cuda.py")
+        os.execv(sys.executable, [sys.executable, str(other), *sys.argv[1:]])
 
 
 def with_malloc_settings() -> None:

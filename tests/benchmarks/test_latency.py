@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -48,3 +51,16 @@ def test_operations_are_those_of_the_layers_that_ran(sketch: nn.Module, preparer
     assert {kind for (kind, _), _ in operations} == {"convolutions", "linears"}
     found = achieved_gops(model, {"sample": sample, "timestep": timestep}, repeats=2)
     assert found["convolutions"] > 0 and found["linears"] > 0
+
+
+def test_a_device_picks_the_script_that_measures_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    commands: list[list[str]] = []
+    monkeypatch.setattr(os, "execv", lambda _, command: commands.append(command))
+    monkeypatch.setattr(sys, "argv", ["latency.py", "sd15", "--device", "cuda", "--out", "x.json"])
+    latency.on_device()
+    monkeypatch.setattr(sys, "argv", ["latency.py", "--device", "cpu", "fashion"])
+    latency.on_device()
+    assert sys.argv == ["latency.py", "fashion"]
+    (command,) = commands
+    assert Path(command[1]).is_file() and command[1].endswith("latency_cuda.py")
+    assert command[2:] == ["sd15", "--out", "x.json"]
