@@ -5,9 +5,7 @@ from __future__ import annotations
 import gc
 import inspect
 import logging
-import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,47 +21,30 @@ from qdiff_fx.calibration.driver import (
     check_data,
     fit_activations,
     fit_weights,
-    layer_rows,
     observed_maxima,
     observed_offsets,
-    quantizer_rows,
     reset,
 )
 from qdiff_fx.calibration.progress import named_steps
-from qdiff_fx.calibration.provenance import noise_process
 from qdiff_fx.calibration.report import CalibrationReport, quality_line
 from qdiff_fx.checkpoint import DEFAULT_SHARD_BYTES
 from qdiff_fx.checks import calibration_set, check_calibrate, check_prepare, check_stage
 from qdiff_fx.config import QDiffConfig
 from qdiff_fx.errors import ConversionError
 from qdiff_fx.examples import example_call
-from qdiff_fx.fake_quantize import NoiseLevel, QuantizerMode
+from qdiff_fx.fake_quantize import NoiseLevel
 from qdiff_fx.graph.capture import capture
 from qdiff_fx.graph.edit import freeze_parameters, pruned, shared_copy
 from qdiff_fx.identity import digest, run_identity
 from qdiff_fx.kernels import select_backend
 from qdiff_fx.lowering import check_choices
 from qdiff_fx.model import PreparedUNet, QuantizedUNet
-from qdiff_fx.numerics.metrics import finite_or_none
 from qdiff_fx.passes.base import PassContext, run_passes
 from qdiff_fx.passes.carrier import check_carrier, set_carrier
 from qdiff_fx.passes.convert import CONVERT
 from qdiff_fx.passes.prepare import PREPARE
 from qdiff_fx.reconstruction import ReconstructionConfig
-from qdiff_fx.stages import (
-    correct_biases,
-    decide,
-    equalize_attentions,
-    error_rows,
-    fitting_anew,
-    guard,
-    hold_out,
-    layer_input_means,
-    learn_blocks,
-    measure_quality,
-    meet_target,
-    observe_and_fit,
-)
+from qdiff_fx.stages import correct_biases, fitting_anew, layer_input_means, observe_and_fit, run_stages
 
 logger = logging.getLogger(__name__)
 
@@ -153,59 +134,7 @@ def calibrate(
     """
     data = check_calibrate(prepared, data, holdout, reconstruction, scheduler, batch_size)
     with fitting_anew(prepared):
-        return _calibrate(prepared, data, holdout, reconstruction, checkpoint_dir, batch_size, progress)
-
-
-def _calibrate(
-    prepared: PreparedUNet,
-    data: CalibrationSet,
-    holdout: CalibrationSet | None,
-    reconstruction: ReconstructionConfig | None,
-    checkpoint_dir: str | Path | None,
-    batch_size: int,
-    progress: bool | None,
-) -> CalibrationReport:
-    """The stages of calibrate(), one after the other."""
-    started = time.monotonic()
-    config, folder = prepared.qdiff_config, None if checkpoint_dir is None else Path(checkpoint_dir)
-    data, held = hold_out(data, holdout, config.seed)
-    folded = equalize_attentions(prepared, data, progress=progress)
-    observe_and_fit(prepared, data, batch_size, folder, progress)
-    maxima, offsets = observed_maxima(prepared.graph_module), observed_offsets(prepared.graph_module)
-    means = layer_input_means(prepared, data, progress=progress)
-    decisions = decide(prepared, data, means, progress=progress)
-    blocks = learn_blocks(prepared, data, reconstruction, batch_size, folder, progress) if reconstruction else ()
-    prepared.set_mode(QuantizerMode.QUANTIZE)
-    raises = decisions.raises
-    corrected = correct_biases(prepared, means)
-    if config.target_sqnr is not None:
-        raises += meet_target(prepared, data, means, folder, progress)
-    quality = measure_quality(prepared, held, progress=progress)
-    report = CalibrationReport(
-        samples=len(data),
-        timesteps=data.timesteps,
-        fingerprint=data.fingerprint,
-        scheduler=noise_process(data.metadata.get("scheduler") or {}),
-        seconds=time.monotonic() - started,
-        quantizers=tuple(quantizer_rows(prepared.graph_module)),
-        maxima=maxima,
-        offsets=offsets,
-        layers=tuple(layer_rows(prepared.graph_module)),
-        reconstruction=tuple(block.to_dict() for block in blocks),
-        factors=tuple(asdict(choice) for choice in (*folded, *decisions.factors)),
-        raises=tuple(item.to_dict() for item in raises),
-        corrected_biases=corrected,
-        sensitivity=error_rows(prepared, decisions),
-        quality={
-            "samples": len(held),
-            "pooled_db": finite_or_none(quality.pooled_db),
-            "median_db": finite_or_none(quality.median_db),
-            "by_timestep": [[timestep, finite_or_none(value)] for timestep, value in quality.by_timestep.items()],
-            "accepted": guard(quality, decisions, prepared),
-        },
-    )
-    prepared.calibration = report.summary() | {"shapes": {leaf.name: list(leaf.shape) for leaf in data.signature}}
-    return report
+        return run_stages(prepared, data, holdout, reconstruction, checkpoint_dir, batch_size, progress)
 
 
 def sensitivity(

@@ -353,7 +353,7 @@ def test_a_ruined_model_is_not_written_until_it_is_accepted(
     out = tmp_path / "ruined"
     sizes = ["--steps", "5", "--timesteps", "3", "--samples", "4"]
     command = ["quantize", str(model), "--preset", "w8a8", "--out", str(out), *sizes]
-    monkeypatch.setattr("qdiff_fx.stages.GUARD_DB", 1000.0)
+    monkeypatch.setattr("qdiff_fx.stages.quality.GUARD_DB", 1000.0)
     assert main(command) == 1
     lines = capsys.readouterr().err.strip().splitlines()
     assert "want 1000" in lines[-2]  # the guard's warning: figure, timestep, layers, setting

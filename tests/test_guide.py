@@ -108,7 +108,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(StableDiffusionPipeline, "load_ip_adapter", _load_ip_adapter)
     monkeypatch.setattr(qdiff_fx.QDiffConfig, "preset", lambda name, **changes: preset(name, **{**quick, **changes}))
     monkeypatch.setattr(qdiff_fx.CalibrationSet, "collect", lambda pipe, **options: collect(pipe, **options | FEW))
-    monkeypatch.setattr("qdiff_fx.stages.GUARD_DB", -1e9)  # random weights
+    monkeypatch.setattr("qdiff_fx.stages.quality.GUARD_DB", -1e9)  # random weights
     project: Any = ModuleType("my_project")
     project.MyUNet, project.my_sampler = DdpmUNet, _sample
     monkeypatch.setitem(sys.modules, "my_project", project)

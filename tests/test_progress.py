@@ -65,7 +65,7 @@ def bars(capsys: pytest.CaptureFixture[str], *wanted: str) -> list[str]:
 def test_every_stage_from_prepare_to_load_shows_its_bar(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qdiff_fx.stages.GUARD_DB", -1e9)  # random weights
+    monkeypatch.setattr("qdiff_fx.stages.quality.GUARD_DB", -1e9)  # random weights
     unet = unconditional_unet()
     learn = qdiff_fx.ReconstructionConfig(weight_iterations=2, activation_iterations=2, batch_size=4)
     for progress in (True, None):

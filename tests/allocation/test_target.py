@@ -12,21 +12,22 @@ import pytest
 from torch import nn
 
 import qdiff_fx
-from qdiff_fx import stages
 from qdiff_fx.allocation.estimate import estimate_errors
 from qdiff_fx.allocation.kept_figures import KeptFigures
 from qdiff_fx.allocation.target import ranked_raises
 from qdiff_fx.allocation.units import input_units, weight_units
 from qdiff_fx.calibration import CalibrationSet
 from qdiff_fx.errors import CalibrationError, CheckpointError
+from qdiff_fx.stages import layer_input_means, target
+from qdiff_fx.stages.quality import measure_quality
 
 FAST = {"weight_observer": "minmax", "activation_observer": "minmax", "equalize": False}
 
 
 def _calibrate(
-    unet: nn.Module, data: CalibrationSet, target: float | None, folder: Path | None = None, **options: Any
+    unet: nn.Module, data: CalibrationSet, target_sqnr: float | None, folder: Path | None = None, **options: Any
 ) -> tuple[qdiff_fx.PreparedUNet, qdiff_fx.CalibrationReport]:
-    prepared = qdiff_fx.prepare(unet, qdiff_fx.QDiffConfig.preset("w4a8", target_sqnr=target, **FAST))
+    prepared = qdiff_fx.prepare(unet, qdiff_fx.QDiffConfig.preset("w4a8", target_sqnr=target_sqnr, **FAST))
     return prepared, qdiff_fx.calibrate(prepared, data, checkpoint_dir=folder, **options)
 
 
@@ -34,11 +35,11 @@ def test_figures_and_learned_rounding_serve_every_target(unet: nn.Module, data: 
     learning = qdiff_fx.ReconstructionConfig.preset("fast", weight_iterations=2, activation_iterations=2)
     _, high = _calibrate(unet, data, 30.0, tmp_path, reconstruction=learning)
     assert any(row["reason"].startswith("target:") for row in high.raises)
-    figures = json.loads((tmp_path / stages.TARGET_FILE).read_text())["figures"]
+    figures = json.loads((tmp_path / target.TARGET_FILE).read_text())["figures"]
     assert 2 <= len(figures) <= 12
     blocks = {path: path.stat().st_mtime_ns for path in (tmp_path / "blocks").iterdir()}
 
-    with patch.object(stages, "measure_quality", wraps=stages.measure_quality) as measured:
+    with patch.object(target, "measure_quality", wraps=measure_quality) as measured:
         _, again = _calibrate(unet, data, 30.0, tmp_path, reconstruction=learning)
     assert measured.call_count == 0, "every figure of the bisection is kept"
     assert (again.raises, again.quality) == (high.raises, high.quality)
@@ -50,18 +51,19 @@ def test_figures_and_learned_rounding_serve_every_target(unet: nn.Module, data: 
 
 
 def test_a_target_is_held_against_many_rows_and_less_their_error(unet: nn.Module, data: CalibrationSet) -> None:
-    assert len(stages.selection_rows(data, seed=1)) == len(data), "too few to choose from"
-    with patch.object(stages, "SELECTION_ROWS", 10):
-        some = stages.selection_rows(data, seed=1)
+    assert len(target.selection_rows(data, seed=1)) == len(data), "too few to choose from"
+    with patch.object(target, "SELECTION_ROWS", 10):
+        some = target.selection_rows(data, seed=1)
         assert len(some) == 10
         assert some.timesteps == data.timesteps
-        assert some.fingerprint == stages.selection_rows(data, seed=1).fingerprint
+        assert some.fingerprint == target.selection_rows(data, seed=1).fingerprint
     prepared, _ = _calibrate(unet, data, None)
-    uniform = stages.measure_quality(prepared, data)
+    means = layer_input_means(prepared, data, progress=False)
+    uniform = measure_quality(prepared, data)
     assert uniform.median_error_db() > 0.0
     just = uniform.median_db - 0.5 * uniform.median_error_db()
     prepared.qdiff_config = prepared.qdiff_config.replace(target_sqnr=just)
-    assert stages.meet_target(prepared, data, data, None, False), "the median alone would have reached it"
+    assert target.meet_target(prepared, data, means, None, False), "the median alone would have reached it"
 
 
 def test_an_unreachable_target_names_the_best_figure_and_leaves_nothing_to_convert(
