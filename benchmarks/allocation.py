@@ -30,7 +30,8 @@ from qdiff_fx.passes.prepare.raises import ApplyRaises, Raise
 from qdiff_fx.reconstruction import ReconstructionConfig
 from qdiff_fx.report.plots import plot_slacks
 from qdiff_fx.safe_io import read_json, write_bytes, write_json
-from qdiff_fx.stages import learn_blocks
+from qdiff_fx.stages import correct_biases, layer_input_means, learn_blocks
+from qdiff_fx.stages.biases import Means, set_corrections
 
 STEPS, IMAGES, SEED = 50, 16, 0
 WEIGHT_SLACKS = (0.0, 0.01, 0.02, 0.04, 0.06, 0.10, 0.20)
@@ -70,7 +71,8 @@ def _measure(model: str, work: Path, roundings: Sequence[str]) -> None:
         source.unet, qdiff_fx.QDiffConfig.preset("w4a8", weight_slack=0.0, activation_slack=0.0)
     )
     qdiff_fx.calibrate(prepared, data, progress=False)
-    estimate = estimate_errors(prepared.graph_module, prepared.signature, data, seed=SEED)
+    means = layer_input_means(prepared, data, progress=False)
+    estimate = estimate_errors(prepared.graph_module, prepared.signature, data, means=means, seed=SEED)
     report = qdiff_fx.sensitivity(prepared, data, checkpoint_dir=work / model / "sensitivity", progress=False)
     write_json(work / model / "correlation.json", report.rank_correlation)
     exact = _exact(prepared, estimate, report)
@@ -90,7 +92,7 @@ def _measure(model: str, work: Path, roundings: Sequence[str]) -> None:
             raises = allocate(prepared.graph_module, estimate if ranking == "estimate" else exact, **slacks)
             key = digest(f"{rounding} {sorted((item.target, str(item.bits)) for item in raises)}")
             row = _known(work / model, key) or _row(
-                prepared, raises, yardstick, data if rounding == "learned" else None
+                prepared, raises, means, yardstick, data if rounding == "learned" else None
             )
             labels = {"model": model, "rounding": rounding, "ranking": ranking, "kind": kind, "slack": slack}
             write_json(path, row | labels | {"key": key})
@@ -103,7 +105,9 @@ def _known(folder: Path, key: str) -> dict[str, Any] | None:
     return next((row for row in rows if row["key"] == key), None)
 
 
-def _row(prepared: Any, raises: Sequence[Raise], yardstick: Yardstick, data: CalibrationSet | None) -> dict[str, Any]:
+def _row(
+    prepared: Any, raises: Sequence[Raise], means: Means, yardstick: Yardstick, data: CalibrationSet | None
+) -> dict[str, Any]:
     """Both yardsticks of `prepared` with these raises, its rounding learned on `data` where it is given."""
     model = copy.deepcopy(prepared)
     inputs = {unit.target: unit for unit in input_units(model.graph_module)}
@@ -111,7 +115,9 @@ def _row(prepared: Any, raises: Sequence[Raise], yardstick: Yardstick, data: Cal
         model.graph_module, PassContext(config=model.qdiff_config, signature=model.signature)
     )
     if data is not None:
+        set_corrections(model, {})
         learn_blocks(model, data, ReconstructionConfig.preset("fast"), 32, None, False)
+    correct_biases(model, means)
     model.set_mode(QuantizerMode.QUANTIZE)
     measured = yardstick.measure(model, "allocation")
     kept = sum(inputs[item.target].multiplications for item in raises if item.kind == "input")
