@@ -17,10 +17,6 @@ from qdiff_fx.reconstruction.config import ReconstructionConfig
 from qdiff_fx.reconstruction.problem import BlockProblem, minibatches
 from qdiff_fx.reconstruction.result import BlockResult
 
-LEAST_GAIN = 0.02
-"""Share of the block's loss (0.1 dB) that learned steps must take away: at 8 bits the observers' steps are as good as
-any, and a smaller gain on calibration rows is not one on others (decision 020)."""
-
 
 class BlockSteps:
     """The step sizes of several quantizers as starts * exp(exponents), one vector each.
@@ -60,8 +56,8 @@ def learn_steps(problem: BlockProblem, config: ReconstructionConfig, seed: int) 
     """Learn the step sizes of the block's activation quantizers and write them there; zero points stay.
 
     Esser et al. 2020 (LSQ). Departure: step = start * exp(p) with Adam on p, so that the rate is relative and steps
-    stay positive, where the published code has the absolute rate 4e-4 for every layer (decision 020). Unless the
-    learned steps take away `LEAST_GAIN` of the loss over all rows, the initial ones stay.
+    stay positive, where the published code has the absolute rate 4e-4 for every layer (decision 020). If the learned
+    steps reconstruct worse than the initial ones over all rows, the initial ones stay.
 
     Args:
       problem: with activations quantized and weights rounded.
@@ -78,7 +74,7 @@ def learn_steps(problem: BlockProblem, config: ReconstructionConfig, seed: int) 
     seconds_a_step = (time.monotonic() - steps_started) / config.activation_iterations
     steps.assign(steps.learned())
     learned_loss = problem.total_loss(weights)
-    kept = learned_loss <= (1.0 - LEAST_GAIN) * initial_loss
+    kept = learned_loss <= initial_loss
     if not kept:
         steps.assign(steps.starts)
     return BlockResult(
