@@ -17,21 +17,12 @@ from qdiff_fx.model import PreparedUNet
 from qdiff_fx.passes.prepare.raises import Raise
 from qdiff_fx.stages.biases import Means, correct_biases
 from qdiff_fx.stages.decide import apply_raises
-from qdiff_fx.stages.quality import measure_quality
+from qdiff_fx.stages.quality import measure_quality, selection_rows
 
 logger = logging.getLogger(__name__)
 
 TARGET_FILE = "target.json"
 """What calibrate() keeps of its quality target in the checkpoint folder."""
-
-SELECTION_ROWS = 128
-"""Rows that a quality target is held against while layers are raised: with 16, the median of a network that just
-reached 25 dB was 24.6 dB on other rows."""
-
-
-def selection_rows(data: CalibrationSet, seed: int) -> CalibrationSet:
-    """At most `SELECTION_ROWS` seeded rows of the fitted ones, evenly over the timesteps, to select raises by."""
-    return data if len(data) <= SELECTION_ROWS else data.split(SELECTION_ROWS / len(data), seed=seed)[1]
 
 
 def meet_target(

@@ -18,8 +18,7 @@ from qdiff_fx.allocation.target import ranked_raises
 from qdiff_fx.allocation.units import input_units, weight_units
 from qdiff_fx.calibration import CalibrationSet
 from qdiff_fx.errors import CalibrationError, CheckpointError
-from qdiff_fx.stages import layer_input_means, target
-from qdiff_fx.stages.quality import measure_quality
+from qdiff_fx.stages import layer_input_means, quality, target
 
 FAST = {"weight_observer": "minmax", "activation_observer": "minmax", "equalize": False}
 
@@ -39,7 +38,7 @@ def test_figures_and_learned_rounding_serve_every_target(unet: nn.Module, data: 
     assert 2 <= len(figures) <= 12
     blocks = {path: path.stat().st_mtime_ns for path in (tmp_path / "blocks").iterdir()}
 
-    with patch.object(target, "measure_quality", wraps=measure_quality) as measured:
+    with patch.object(target, "measure_quality", wraps=quality.measure_quality) as measured:
         _, again = _calibrate(unet, data, 30.0, tmp_path, reconstruction=learning)
     assert measured.call_count == 0, "every figure of the bisection is kept"
     assert (again.raises, again.quality) == (high.raises, high.quality)
@@ -51,15 +50,15 @@ def test_figures_and_learned_rounding_serve_every_target(unet: nn.Module, data: 
 
 
 def test_a_target_is_held_against_many_rows_and_less_their_error(unet: nn.Module, data: CalibrationSet) -> None:
-    assert len(target.selection_rows(data, seed=1)) == len(data), "too few to choose from"
-    with patch.object(target, "SELECTION_ROWS", 10):
-        some = target.selection_rows(data, seed=1)
+    assert len(quality.selection_rows(data, seed=1)) == len(data), "too few to choose from"
+    with patch.object(quality, "SELECTION_ROWS", 10):
+        some = quality.selection_rows(data, seed=1)
         assert len(some) == 10
         assert some.timesteps == data.timesteps
-        assert some.fingerprint == target.selection_rows(data, seed=1).fingerprint
+        assert some.fingerprint == quality.selection_rows(data, seed=1).fingerprint
     prepared, _ = _calibrate(unet, data, None)
     means = layer_input_means(prepared, data, progress=False)
-    uniform = measure_quality(prepared, data)
+    uniform = quality.measure_quality(prepared, data)
     assert uniform.median_error_db() > 0.0
     just = uniform.median_db - 0.5 * uniform.median_error_db()
     prepared.qdiff_config = prepared.qdiff_config.replace(target_sqnr=just)
