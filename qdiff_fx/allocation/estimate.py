@@ -56,8 +56,8 @@ def estimate_errors(
     v is independent from row to row, so one inner product for a batch's weight gradient sums the rows' energies.
 
     Args:
-      means: of the inputs of layers whose biases will make up for the mean of the weight's error (`input_means`): only
-        what varies is counted.
+      means: of the layers' inputs (`input_means`) where biases will make up for the mean of a weight's error: only what
+        varies is counted then, but of learned rounding.
       weight_bits: widths to predict beside each weight's own.
       samples: rows, evenly over the timesteps.
       batch_size: rows a backward pass, fewer where so many would not fit; each pass gives one draw for every weight.
@@ -79,9 +79,11 @@ def estimate_errors(
             gradient, accumulated.grad = accumulated.grad, None
             assert gradient is not None
             with torch.no_grad():
-                gradient = centring.centred(target, gradient.double())
+                whole = gradient.double()
+                varying = centring.centred(target, whole)
                 for key, item in candidates[target].quantizers():
-                    product = float((gradient * (item.quantized(value).double() - value.double())).sum())
+                    through = varying if item.round_up is None else whole  # biases of learned rounding stay
+                    product = float((through * (item.quantized(value).double() - value.double())).sum())
                     products[target, key] = products.get((target, key), 0.0) + product
 
         leaf.register_post_accumulate_grad_hook(take)  # type: ignore[no-untyped-call]

@@ -184,6 +184,20 @@ def test_the_estimate_does_not_count_what_the_bias_takes_away(corrected: Prepare
     assert distance(centred) < distance(plain)
 
 
+def test_learned_rounding_is_predicted_with_its_mean(corrected: PreparedUNet, data: CalibrationSet) -> None:
+    prepared = copy.deepcopy(corrected)
+    graph_module, signature = prepared.graph_module, prepared.signature
+    unit = next(unit for unit in weight_units(graph_module) if unit.quantizer.spec.bits == 4)
+    unit.quantizer.round_up = torch.rand(unit.weight.shape) < 0.5
+    options: dict[str, Any] = {"samples": 12, "batch_size": 2}
+    plain = estimate_errors(graph_module, signature, data, **options)
+    centred = estimate_errors(
+        graph_module, signature, data, means=input_means(graph_module, signature, data), **options
+    )
+    assert centred.weights[unit.target][4] == pytest.approx(plain.weights[unit.target][4])
+    assert centred.weights[unit.target][8] != pytest.approx(plain.weights[unit.target][8], rel=1e-3)
+
+
 @torch.no_grad()
 def test_a_factor_is_not_judged_by_what_the_bias_takes_away(corrected: PreparedUNet) -> None:
     graph_module = corrected.graph_module
