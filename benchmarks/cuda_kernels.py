@@ -22,7 +22,7 @@ import triton
 from tqdm import tqdm
 
 from qdiff_fx.kernels.cuda_gpu import GPUS, Capability
-from qdiff_fx.kernels.cuda_tiles import ATTENTION_TILES, AttentionTile, Product, Tile, layer_tiles
+from qdiff_fx.kernels.cuda_tiles import AttentionTile, Product, Tile, attention_tiles, layer_tiles
 from qdiff_fx.kernels.triton_kernels.compile_ahead import (
     INSTRUCTIONS,
     Compiled,
@@ -65,7 +65,7 @@ ENDS = (
 )
 """What follows torch._int_mm."""
 
-HEADS = (40, 64, 80, 160)
+HEADS = (40, 64, 80, 160, 512)
 MASKS: Mapping[str, dict[str, Any]] = {
     "": {},
     ", bf16": {"carrier": BF16},
@@ -101,7 +101,7 @@ def _compiled(capabilities: Sequence[Capability]) -> Iterator[dict[str, Any]]:
             for tile in _tiles(variant, capability):
                 yield _row(variant.name, str(tile), capability, compile_layer(variant, tile, capability))
         for head in HEADS:
-            for tile in next(tiles for size, tiles in ATTENTION_TILES.items() if head <= size):
+            for tile in attention_tiles(head, GPUS[capability]):
                 yield from _attention(head, tile, capability)
         yield _row("scores, head 64", _shape(SCORE_TILE), capability, compile_scores(64, capability))
         for variant in ENDS:
@@ -121,7 +121,8 @@ def _tiles(variant: LayerVariant, capability: Capability) -> tuple[Tile, ...]:
 
 
 def _attention(head: int, tile: AttentionTile, capability: Capability) -> Iterator[dict[str, Any]]:
-    for mask, options in MASKS.items():
+    masks = MASKS if head < 512 else {mask: MASKS[mask] for mask in ("", ", added mask")}  # minutes each
+    for mask, options in masks.items():
         compiled = compile_attention(head, tile, capability, **options)
         yield _row(f"attention, head {head}{mask}", str(tile), capability, compiled)
 
@@ -155,7 +156,8 @@ def table(results: Mapping[str, Any]) -> str:
         "follows torch._int_mm (`rescale`, which has no product of its own).",
         "",
         f"Triton {results['triton']}, torch {results['torch']}; {len(rows)} kernels, {spilling} spill registers.",
-        "The int8 tensor-core instruction that was looked for in the PTX of each:",
+        "The int8 tensor-core instruction that was looked for in the PTX of each (for heads of 512, whose tiles are",
+        "narrower than the later ones take, `mma.sync` everywhere):",
         "",
         "| architecture | instruction | products | with it | most registers a thread | spilled bytes |",
         "|---|---|---:|---:|---:|---:|",

@@ -181,14 +181,24 @@ ATTENTION_TILES: Mapping[int, tuple[AttentionTile, ...]] = {
 }
 """Shapes of the attention kernel, the one that is taken without timings first, by elements of a head that it holds."""
 
+_WIDE_ATTENTION: Mapping[bool, tuple[AttentionTile, ...]] = {
+    True: _attention_tiles((64, 32, 8, 1)),
+    False: _attention_tiles((32, 32, 4, 1)),
+}
+"""For heads of up to 512, by whether the GPU is an sm_80: with an added mask 64 queries spill on sm_90, 32 on sm_80.
+
+32 queries take Ampere's instruction everywhere.
+"""
+
 _INTERPRETED_ATTENTION = (AttentionTile(queries=32, keys=32, warps=4, stages=1),)
 
 
 def attention_tiles(head: int, gpu: Gpu | None) -> tuple[AttentionTile, ...]:
-    """What heads of this size may run with; a small tile for Triton's interpreter (no GPU) and larger heads."""
+    """What heads of this size may run with; a small tile for Triton's interpreter (no GPU)."""
     if gpu is None:
         return _INTERPRETED_ATTENTION
-    return next((tiles for size, tiles in ATTENTION_TILES.items() if head <= size), _INTERPRETED_ATTENTION)
+    wide = _WIDE_ATTENTION[gpu.capability == (8, 0)]
+    return next((tiles for size, tiles in ATTENTION_TILES.items() if head <= size), wide)
 
 
 def layer_tiles(product: Product, gpu: Gpu) -> tuple[Tile, ...]:

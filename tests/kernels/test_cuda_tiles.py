@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from qdiff_fx.kernels.cuda_gpu import GPUS, Gpu, gpu_for, refusal
+from qdiff_fx.kernels.cuda_gpu import GPUS, Capability, Gpu, gpu_for, refusal
 from qdiff_fx.kernels.cuda_model import (
     AttentionWork,
     LayerWork,
@@ -20,7 +20,7 @@ from qdiff_fx.kernels.cuda_model import (
     integer_layer,
     vendor_integer_layer,
 )
-from qdiff_fx.kernels.cuda_tiles import TILES, Product, interpreter_tile, layer_tiles, ranked_tiles
+from qdiff_fx.kernels.cuda_tiles import TILES, Product, attention_tiles, interpreter_tile, layer_tiles, ranked_tiles
 
 ROOT = Path(__file__).resolve().parents[2]
 H100 = GPUS[(9, 0)]
@@ -49,6 +49,19 @@ def test_packed_weights_of_groups_or_of_ragged_rows_get_narrow_tiles(gpu: Gpu) -
 
     assert widest(320, groups=2) == widest(36) == widest(5) == 64
     assert widest(320) == widest(320, groups=2, packed=False) == widest(5, packed=False) == 128
+
+
+@pytest.mark.parametrize(
+    ("head", "capability", "tile"),
+    [
+        (40, (8, 0), (64, 64, 8, 3)),
+        (160, (9, 0), (64, 64, 8, 2)),
+        (512, (8, 0), (64, 32, 8, 1)),
+        (512, (9, 0), (32, 32, 4, 1)),
+    ],
+)
+def test_attention_has_a_tile_for_every_head(head: int, capability: Capability, tile: tuple[int, ...]) -> None:
+    assert attention_tiles(head, GPUS[capability])[0].arguments == list(tile)
 
 
 def test_an_interpreter_tile_covers_the_layer() -> None:

@@ -75,7 +75,8 @@ class Compiled:
     """What the compiler made of a kernel.
 
     Args:
-      instructions: int8 tensor-core instructions of the generation in its PTX.
+      instructions: int8 tensor-core instructions in its PTX: of the generation, or Ampere's for attention of fewer than
+        64 queries a tile, which no later one takes.
       registers: a thread.
       spilled: bytes a thread that did not fit into registers.
       shared_memory: bytes a block.
@@ -176,7 +177,8 @@ def compile_attention(
         "BLOCK_E": head_block(head),
         "BLOCK_D": head_block(head),
     }
-    return _compile(attention, kinds, constants, capability, tile.warps, tile.stages)
+    generation = capability[0] if tile.queries >= 64 else 8
+    return _compile(attention, kinds, constants, capability, tile.warps, tile.stages, generation)
 
 
 def _compile(
@@ -186,6 +188,7 @@ def _compile(
     capability: Capability,
     warps: int,
     stages: int,
+    generation: int | None = None,
 ) -> Compiled:
     if interpreted():
         raise BackendError("kernels are compiled where TRITON_INTERPRET is not set; unset it")
@@ -202,7 +205,7 @@ def _compile(
     registers, spilled = _usage(done.asm["cubin"])
     ptx = str(done.asm["ptx"])
     return Compiled(
-        instructions=len(re.findall(INSTRUCTIONS[capability[0]], ptx)),
+        instructions=len(re.findall(INSTRUCTIONS[generation or capability[0]], ptx)),
         registers=registers,
         spilled=spilled,
         shared_memory=int(done.metadata.shared),
