@@ -32,6 +32,7 @@ from qdiff_fx.report.plots import plot_slacks
 from qdiff_fx.safe_io import read_json, write_bytes, write_json
 from qdiff_fx.stages import correct_biases, layer_input_means, learn_blocks
 from qdiff_fx.stages.biases import Means, set_corrections
+from qdiff_fx.stages.fit import split_selection
 
 STEPS, IMAGES, SEED = 50, 16, 0
 WEIGHT_SLACKS = (0.0, 0.01, 0.02, 0.04, 0.06, 0.10, 0.20)
@@ -116,7 +117,8 @@ def _row(
     )
     if data is not None:
         set_corrections(model, {})
-        learn_blocks(model, data, ReconstructionConfig.preset("fast"), 32, None, False)
+        fit, selection = split_selection(data, SEED)
+        learn_blocks(model, fit, selection, ReconstructionConfig.preset("fast"), 32, None, False)
     correct_biases(model, means)
     model.set_mode(QuantizerMode.QUANTIZE)
     measured = yardstick.measure(model, "allocation")

@@ -169,6 +169,11 @@ class Bench:
         """Rows of trajectories that nothing was fitted on."""
         return self.data("heldout", 26, 1000)
 
+    @cached_property
+    def selection(self) -> qdiff_fx.CalibrationSet:
+        """Rows of yet other trajectories, to choose between what was learned and what was not."""
+        return self.data("selection", 7, 2000)
+
     def sample(self, network: Any, *, steps: int = STEPS, images: int = IMAGES) -> Trajectory:
         """From the same noise and for the same prompts, whatever the network."""
         noise = self.source.noise(images, NOISE_SEED)
@@ -248,7 +253,9 @@ class Bench:
         if cell.learn is not None:
             learning = ReconstructionConfig.preset(cell.preset, seed=cell.seed, **cell.learn)
             folder = self.work / "blocks" / slug(name)
-            blocks = [item.to_dict() for item in learn_blocks(prepared, data, learning, 32, folder, False)]
+            blocks = [
+                item.to_dict() for item in learn_blocks(prepared, data, self.selection, learning, 32, folder, False)
+            ]
         if config.bias_correction:
             correct_biases(prepared, layer_input_means(prepared, data, progress=False))
         prepared.set_mode(QuantizerMode.QUANTIZE)

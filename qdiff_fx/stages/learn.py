@@ -16,7 +16,7 @@ from qdiff_fx.identity import config_digest, digest, model_digest
 from qdiff_fx.model import PreparedUNet
 from qdiff_fx.numerics.affine import QParams
 from qdiff_fx.reconstruction import BlockResult, ReconstructionConfig, reconstruct
-from qdiff_fx.stages.quality import measure_quality, selection_rows
+from qdiff_fx.stages.quality import measure_quality
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 def learn_blocks(
     prepared: PreparedUNet,
     data: CalibrationSet,
+    selection: CalibrationSet,
     config: ReconstructionConfig,
     batch_size: int,
     folder: Path | None,
@@ -31,7 +32,8 @@ def learn_blocks(
 ) -> tuple[BlockResult, ...]:
     """Learn weight rounding and activation steps block by block; finished blocks of a killed run are taken over.
 
-    Learned steps stay only if the network's output is at least as good with them, see `_better_steps`.
+    Learned steps stay only if the network's output on `selection`, rows that nothing was learned from, is at least as
+    good with them as with the observers' steps.
     """
 
     def calls() -> Iterator[tuple[Tensor, ...]]:
@@ -55,7 +57,7 @@ def learn_blocks(
         progress=progress,
     )
     moved = any(result.phase == "activations" and result.kept and result.iterations for result in results)
-    if moved and not _better_steps(prepared, selection_rows(data, prepared.qdiff_config.seed + 1), observed):
+    if moved and not _better_steps(prepared, selection, observed):
         logger.info("learned steps go back to the observers': the network's output is worse with them")
         return tuple(
             replace(result, kept=False, changed=0.0) if result.phase == "activations" else result for result in results

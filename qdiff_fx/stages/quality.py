@@ -22,16 +22,7 @@ from qdiff_fx.stages.fit import rows_at_a_time
 GUARD_DB = 10.0
 """Output SQNR below which a result is called doubtful."""
 
-SELECTION_ROWS = 128
-"""Rows that networks are compared on while one is chosen: with 16, the median of a network that just reached a target
-of 25 dB was 24.6 dB on other rows."""
-
 _EVALUATION_BATCH = 32
-
-
-def selection_rows(data: CalibrationSet, seed: int) -> CalibrationSet:
-    """At most `SELECTION_ROWS` seeded rows of the fitted ones, evenly over the timesteps, to choose a network by."""
-    return data if len(data) <= SELECTION_ROWS else data.split(SELECTION_ROWS / len(data), seed=seed)[1]
 
 
 def measure_quality(prepared: PreparedUNet, held: CalibrationSet, *, progress: bool | None = False) -> SqnrResult:

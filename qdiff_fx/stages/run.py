@@ -13,10 +13,10 @@ from qdiff_fx.calibration.report import CalibrationReport
 from qdiff_fx.fake_quantize import QuantizerMode
 from qdiff_fx.model import PreparedUNet
 from qdiff_fx.numerics.metrics import finite_or_none
-from qdiff_fx.reconstruction import ReconstructionConfig
+from qdiff_fx.reconstruction import BlockResult, ReconstructionConfig
 from qdiff_fx.stages.biases import correct_biases, layer_input_means
 from qdiff_fx.stages.decide import decide
-from qdiff_fx.stages.fit import equalize_attentions, hold_out, observe_and_fit
+from qdiff_fx.stages.fit import equalize_attentions, hold_out, observe_and_fit, split_selection
 from qdiff_fx.stages.learn import learn_blocks
 from qdiff_fx.stages.quality import error_rows, guard, measure_quality
 from qdiff_fx.stages.target import meet_target
@@ -35,17 +35,22 @@ def run_stages(
     started = time.monotonic()
     config, folder = prepared.qdiff_config, None if checkpoint_dir is None else Path(checkpoint_dir)
     data, held = hold_out(data, holdout, config.seed)
+    selection = data
+    if reconstruction is not None or config.target_sqnr is not None:
+        data, selection = split_selection(data, config.seed + 1)
     folded = equalize_attentions(prepared, data, progress=progress)
     observe_and_fit(prepared, data, batch_size, folder, progress)
     maxima, offsets = observed_maxima(prepared.graph_module), observed_offsets(prepared.graph_module)
     means = layer_input_means(prepared, data, progress=progress)
     decisions = decide(prepared, data, means, progress=progress)
-    blocks = learn_blocks(prepared, data, reconstruction, batch_size, folder, progress) if reconstruction else ()
+    blocks: tuple[BlockResult, ...] = ()
+    if reconstruction is not None:
+        blocks = learn_blocks(prepared, data, selection, reconstruction, batch_size, folder, progress)
     prepared.set_mode(QuantizerMode.QUANTIZE)
     raises = decisions.raises
     corrected = correct_biases(prepared, means)
     if config.target_sqnr is not None:
-        raises += meet_target(prepared, data, means, folder, progress)
+        raises += meet_target(prepared, data, selection, means, folder, progress)
     quality = measure_quality(prepared, held, progress=progress)
     report = CalibrationReport(
         samples=len(data),

@@ -17,7 +17,7 @@ from qdiff_fx.model import PreparedUNet
 from qdiff_fx.passes.prepare.raises import Raise
 from qdiff_fx.stages.biases import Means, correct_biases
 from qdiff_fx.stages.decide import apply_raises
-from qdiff_fx.stages.quality import measure_quality, selection_rows
+from qdiff_fx.stages.quality import measure_quality
 
 logger = logging.getLogger(__name__)
 
@@ -28,11 +28,12 @@ TARGET_FILE = "target.json"
 def meet_target(
     prepared: PreparedUNet,
     data: CalibrationSet,
+    selection: CalibrationSet,
     means: Means,
     folder: Path | None,
     progress: bool | None,
 ) -> tuple[Raise, ...]:
-    """Raise quantizers until the median SQNR over timesteps on `selection_rows` reaches `config.target_sqnr`.
+    """Raise quantizers until the median SQNR over timesteps on `selection` reaches `config.target_sqnr`.
 
     Less its standard error: the median of other samples is to reach the target too.
     With a folder the measured figures are kept there: they hold for every target, so a killed run or another target
@@ -42,7 +43,6 @@ def meet_target(
     """
     config = prepared.qdiff_config
     assert config.target_sqnr is not None
-    selection = selection_rows(data, config.seed + 1)
     estimate = estimate_errors(
         prepared.graph_module, prepared.signature, data, means=means, seed=config.seed, progress=progress
     )

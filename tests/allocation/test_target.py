@@ -18,7 +18,7 @@ from qdiff_fx.allocation.target import ranked_raises
 from qdiff_fx.allocation.units import input_units, weight_units
 from qdiff_fx.calibration import CalibrationSet
 from qdiff_fx.errors import CalibrationError, CheckpointError
-from qdiff_fx.stages import layer_input_means, quality, target
+from qdiff_fx.stages import fit, layer_input_means, quality, target
 
 FAST = {"weight_observer": "minmax", "activation_observer": "minmax", "equalize": False}
 
@@ -49,20 +49,25 @@ def test_figures_and_learned_rounding_serve_every_target(unet: nn.Module, data: 
     assert low.quality["median_db"] <= high.quality["median_db"]
 
 
-def test_a_target_is_held_against_many_rows_and_less_their_error(unet: nn.Module, data: CalibrationSet) -> None:
-    assert len(quality.selection_rows(data, seed=1)) == len(data), "too few to choose from"
-    with patch.object(quality, "SELECTION_ROWS", 10):
-        some = quality.selection_rows(data, seed=1)
-        assert len(some) == 10
-        assert some.timesteps == data.timesteps
-        assert some.fingerprint == quality.selection_rows(data, seed=1).fingerprint
+def test_networks_are_chosen_on_rows_that_nothing_was_fitted_on(data: CalibrationSet) -> None:
+    rows, selection = fit.split_selection(data, seed=1)
+    assert len(rows) + len(selection) == len(data) and len(selection) == 4
+    assert selection.timesteps == data.timesteps
+    assert selection.fingerprint == fit.split_selection(data, seed=1)[1].fingerprint
+    small = data.split(0.5, seed=0)[1]
+    assert fit.split_selection(small, seed=1) == (small, small), "too few to set some aside"
+    with patch.object(fit, "SELECTION_ROWS", 10):
+        assert [len(part) for part in fit.split_selection(small, seed=1)] == [24, 10]
+
+
+def test_a_target_is_held_less_its_error(unet: nn.Module, data: CalibrationSet) -> None:
     prepared, _ = _calibrate(unet, data, None)
     means = layer_input_means(prepared, data, progress=False)
     uniform = quality.measure_quality(prepared, data)
     assert uniform.median_error_db() > 0.0
     just = uniform.median_db - 0.5 * uniform.median_error_db()
     prepared.qdiff_config = prepared.qdiff_config.replace(target_sqnr=just)
-    assert target.meet_target(prepared, data, means, None, False), "the median alone would have reached it"
+    assert target.meet_target(prepared, data, data, means, None, False), "the median alone would have reached it"
 
 
 def test_an_unreachable_target_names_the_best_figure_and_leaves_nothing_to_convert(

@@ -50,7 +50,7 @@ def test_steps_go_back_where_the_network_is_worse_with_them(
     config = ReconstructionConfig(weight_iterations=0, activation_iterations=5, batch_size=8)
     data = calibration_set(calls_of(sketch, batch=8))
     with patch.object(learn, "measure_quality", measured):
-        results = learn_blocks(calibrated, data, config, 8, None, False)
+        results = learn_blocks(calibrated, data, data, config, 8, None, False)
     after = [float(quantizer.scale) for quantizer in quantizers]
     assert seen[0] != before and seen[1] == before
     assert after == (seen[0] if kept else before)
