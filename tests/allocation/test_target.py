@@ -51,7 +51,7 @@ def test_figures_and_learned_rounding_serve_every_target(unet: nn.Module, data: 
 
 def test_networks_are_chosen_on_rows_that_nothing_was_fitted_on(data: CalibrationSet) -> None:
     rows, selection = fit.split_selection(data, seed=1)
-    assert len(rows) + len(selection) == len(data) and len(selection) == 4
+    assert len(rows) + len(selection) == len(data) and len(selection) == 5
     assert selection.timesteps == data.timesteps
     assert selection.fingerprint == fit.split_selection(data, seed=1)[1].fingerprint
     small = data.split(0.5, seed=0)[1]

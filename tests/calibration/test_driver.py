@@ -248,7 +248,7 @@ def test_a_failed_calibration_leaves_nothing_to_convert(preparer: Preparer, sket
     """Half a fit would convert without a word, into a model that nobody calibrated."""
     prepared = _prepared(preparer, sketch)
     qdiff_fx.calibrate(prepared, calls_of(sketch), progress=False)
-    with patch("qdiff_fx.api.decide", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+    with patch("qdiff_fx.stages.run.decide", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
         qdiff_fx.calibrate(prepared, calls_of(sketch), progress=False)
     assert not prepared.calibrated and not prepared.calibration
     with pytest.raises(CalibrationError, match="never observed"):
