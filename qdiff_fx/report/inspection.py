@@ -15,6 +15,7 @@ from qdiff_fx.graph.edit import get_tensor, layer_call
 from qdiff_fx.graph.meta import ATTENTION, BLOCK, LAYER, SPLIT_PART
 from qdiff_fx.model import PreparedUNet
 from qdiff_fx.passes.analysis import Block, blocks
+from qdiff_fx.passes.prepare.correct_biases import bias_correction
 
 _PACKED_BITS = 4
 """Codes of so many bits or fewer are stored two to a byte, wider ones one to a byte."""
@@ -161,7 +162,8 @@ def _layer_rows(graph_module: fx.GraphModule) -> Iterator[LayerRow]:
         quantizer = _module(graph_module, layer.weight)
         weight = get_tensor(graph_module, layer.weight_source.target)
         bias = None if layer.bias_source is None else get_tensor(graph_module, layer.bias_source.target)
-        bias_bytes = _bytes(bias) if bias is not None else 0
+        correction = bias_correction(graph_module, node)
+        stored_bias = bias if correction is None else correction.corrected(bias)
         bits = quantizer.spec.bits if isinstance(quantizer, WeightQuantizer) else None
         activation = _module(graph_module, layer.input)
         yield LayerRow(
@@ -171,8 +173,8 @@ def _layer_rows(graph_module: fx.GraphModule) -> Iterator[LayerRow]:
             weight_bits=bits,
             activation_bits=activation.spec.bits if isinstance(activation, ActivationQuantizer) else None,
             parameters=weight.numel() + (bias.numel() if bias is not None else 0),
-            bytes_before=_bytes(weight) + bias_bytes,
-            bytes_after=(_bytes(weight) if bits is None else _stored_bytes(weight, quantizer)) + bias_bytes,
+            bytes_before=_bytes(weight) + _bytes(bias),
+            bytes_after=(_bytes(weight) if bits is None else _stored_bytes(weight, quantizer)) + _bytes(stored_bias),
             reason=policy.reason,
         )
 
@@ -224,5 +226,5 @@ def _module(graph_module: fx.GraphModule, node: fx.Node) -> Any:
     return graph_module.get_submodule(str(node.target)) if node.op == "call_module" else None
 
 
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
+def _bytes(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.numel() * tensor.element_size()

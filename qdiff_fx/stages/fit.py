@@ -21,9 +21,9 @@ logger = logging.getLogger(__name__)
 
 HOLDOUT_SHARE = 0.1
 
-SELECTION_ROWS = 128
-"""At most so many rows are set aside to choose a network by: with 16, the median of a network that just reached a
-target of 25 dB was 24.6 dB on other rows."""
+SELECTION_ROWS, LEAST_ROWS = 128, 4
+"""At most so many rows are set aside to choose a network by, at least so many a timestep: with 16 in all, the median of
+a network that just reached a target of 25 dB was 24.6 dB on other rows."""
 
 
 @contextmanager
@@ -61,13 +61,13 @@ def hold_out(data: CalibrationSet, holdout: CalibrationSet | None, seed: int) ->
 
 
 def split_selection(data: CalibrationSet, seed: int) -> tuple[CalibrationSet, CalibrationSet]:
-    """(fit, selection): a seeded tenth of the rows, at most `SELECTION_ROWS`, evenly over the timesteps.
+    """(fit, selection): a seeded tenth of the rows, evenly over the timesteps, at most `SELECTION_ROWS`.
 
     Networks are compared on it while one is chosen: what was learned looks better than it is on the rows that it was
-    learned from. A set that is too small for that is both, but for the limit.
+    learned from. A set too small for `LEAST_ROWS` a timestep is both, but for the limit.
     """
     share = min(HOLDOUT_SHARE, SELECTION_ROWS / len(data))
-    if len(data) * share >= max(1, len(data.timesteps)):
+    if len(data) * share >= LEAST_ROWS * max(1, len(data.timesteps)):
         return data.split(share, seed=seed)
     return data, data if len(data) <= SELECTION_ROWS else data.split(SELECTION_ROWS / len(data), seed=seed)[1]
 

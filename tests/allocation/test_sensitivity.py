@@ -40,7 +40,8 @@ def test_a_figure_is_what_quantizing_the_unit_alone_does(prepared: PreparedUNet,
     args, kwargs = data.gather(torch.arange(len(data)))
     with torch.no_grad():
         reference = prepared.set_mode(QuantizerMode.PASS)(*args, **kwargs).sample
-        unit.quantizer.mode = QuantizerMode.QUANTIZE
+        for module in (unit.quantizer, *unit.corrections):
+            module.mode = QuantizerMode.QUANTIZE
         error = prepared(*args, **kwargs).sample - reference
     expected = (error.square().flatten(1).sum(1) / reference.square().flatten(1).sum(1)).mean()
     row = next(row for row in report.rows if row.kind == "weight" and row.name == unit.name)

@@ -50,14 +50,14 @@ def test_figures_and_learned_rounding_serve_every_target(unet: nn.Module, data: 
 
 
 def test_networks_are_chosen_on_rows_that_nothing_was_fitted_on(data: CalibrationSet) -> None:
-    rows, selection = fit.split_selection(data, seed=1)
+    assert fit.split_selection(data, seed=1) == (data, data), "too few to set some aside"
+    with patch.object(fit, "SELECTION_ROWS", 10):
+        assert [len(part) for part in fit.split_selection(data, seed=1)] == [48, 10]
+    with patch.object(fit, "LEAST_ROWS", 1):
+        rows, selection = fit.split_selection(data, seed=1)
+        assert fit.split_selection(data, seed=1)[1].fingerprint == selection.fingerprint
     assert len(rows) + len(selection) == len(data) and len(selection) == 5
     assert selection.timesteps == data.timesteps
-    assert selection.fingerprint == fit.split_selection(data, seed=1)[1].fingerprint
-    small = data.split(0.5, seed=0)[1]
-    assert fit.split_selection(small, seed=1) == (small, small), "too few to set some aside"
-    with patch.object(fit, "SELECTION_ROWS", 10):
-        assert [len(part) for part in fit.split_selection(small, seed=1)] == [24, 10]
 
 
 def test_a_target_is_held_less_its_error(unet: nn.Module, data: CalibrationSet) -> None:
