@@ -113,14 +113,16 @@ def calibrate(
 
     What was observed or fitted before is forgotten; layers that were raised stay raised.
     Observes ranges, folds channel factors (`config.equalize`), spends the slacks on the quantizers that cause most of
-    the error, learns rounding and step sizes if asked, raises further layers until `config.target_sqnr` is reached, and
-    measures the output SQNR on samples that no fit has seen; below 10 dB it warns with the layers and the remedy.
+    the error, learns rounding and step sizes if asked, corrects the biases of layers that are rounded to nearest
+    (`config.bias_correction`), raises further layers until `config.target_sqnr` is reached, and measures the output
+    SQNR on samples that no fit has seen; below 10 dB it warns with the layers and the remedy.
 
     Args:
       data: a CalibrationSet, or a list of (args, kwargs) calls.
       reconstruction: learn weight rounding and activation steps block by block, e.g.
         `ReconstructionConfig.preset("fast")`; None keeps rounding to nearest and the observers' steps.
-      holdout: samples to measure quality on; None sets a seeded tenth of `data` aside.
+      holdout: samples to measure quality on; None sets a seeded tenth of `data` aside. Learning and a target choose
+        networks by another tenth, where that is at least four rows a timestep.
       scheduler: the diffusers scheduler that the model will sample with; a set that was collected with another noise
         process (betas, prediction type) is refused. None does not check: a network alone has no scheduler.
       checkpoint_dir: where the observation and each finished block are kept, so that a killed run continues.
