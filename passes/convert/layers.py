@@ -48,8 +48,7 @@ class ConvertLayers(RewritePass[QuantizedLayer]):
         if layer is None or layer.weight.op != "call_module":
             return None
         weight_quantizer = graph_module.get_submodule(str(layer.weight.target))
-        weight_source = layer.weight.args[0]
-        if not isinstance(weight_quantizer, WeightQuantizer) or not isinstance(weight_source, fx.Node):
+        if not isinstance(weight_quantizer, WeightQuantizer):
             return None
         source, quantizer = layer.input, None
         if source.op == "call_module":
@@ -60,7 +59,7 @@ class ConvertLayers(RewritePass[QuantizedLayer]):
                 source = source.args[0]
         return QuantizedLayer(
             layer=layer,
-            weight_source=weight_source,
+            weight_source=layer.weight_source,
             weight_quantizer=weight_quantizer,
             input_source=source,
             input_quantizer=quantizer,
