@@ -16,11 +16,12 @@ import copy
 import gc
 import json
 import os
+import re
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -46,6 +47,19 @@ TORCHAO = "torchao int8 dynamic"
 PRESETS = ("w8a8", "w4a8")
 AUTOTUNED = ", autotuned"
 """Behind the preset: kernels by timings instead of the performance model."""
+ARMS = (BASELINE, TORCHAO, *(preset + tuned for preset in PRESETS for tuned in ("", AUTOTUNED)))
+
+MODES = ("max-autotune", "reduce-overhead")
+"""Of torch.compile; both replay CUDA graphs, the first searches kernels for every matmul and convolution: minutes."""
+
+KERNELS: Mapping[str, str] = {
+    r"^implicit_gemm|^rescale": "integer layers",
+    r"^attention": "integer attention",
+    r"flash|fmha|sdpa": "fp16 attention",
+    r"^triton_(poi|red|per|for)": "elementwise and reductions",
+    r"^triton_tem|gemm|conv|xmma|cutlass|nvjet|cudnn|splitK": "fp16 and int32 matmuls, convolutions",
+}
+"""What a kernel is, by the first pattern that its name matches; the others are "others"."""
 
 
 def main() -> None:
@@ -53,31 +67,35 @@ def main() -> None:
     parser.add_argument("architectures", nargs="+", choices=list(ARCHITECTURES))
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS, help=f"{BASELINE!r} always runs")
+    parser.add_argument("--mode", choices=MODES, default=MODES[0], help="of torch.compile, for every arm")
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, in Triton's interpreter")
     options = parser.parse_args()
     wanted = "1" if options.rehearse else "0"
     if os.environ.get("TRITON_INTERPRET", "0") != wanted:  # read when the kernels are decorated
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"TRITON_INTERPRET": wanted})
-    machine = Machine(rehearsal=options.rehearse)
+    machine = Machine(rehearsal=options.rehearse, mode=options.mode)
     results = json.loads(options.out.read_text()) if options.out.exists() else {}
     for name in options.architectures:
         torch.manual_seed(0)
-        results[name] = measure(name, machine, options.repeats)
+        case = name if tuple(options.arms) == ARMS else f"{name}: {', '.join(options.arms)}"
+        results[case] = measure(name, machine, options.repeats, options.arms)
         write_json(options.out, results)
         write_bytes(options.out.with_suffix(".md"), page(results).encode())
-    sys.exit(any(results[name]["errors"] for name in options.architectures))
+    sys.exit(any(case["errors"] for case in results.values()))
 
 
 class Machine:
     """The GPU, or the CPU in a rehearsal: where tensors go, how code is compiled, timed and weighed."""
 
-    def __init__(self, *, rehearsal: bool) -> None:
+    def __init__(self, *, rehearsal: bool, mode: str = MODES[0]) -> None:
         reason = qdiff_fx.kernels.BACKENDS["cuda"].unavailable("cpu" if rehearsal else "cuda")
         if reason is not None:
             sys.exit(f"latency_cuda.py: {reason}")
         self.device = torch.device("cpu" if rehearsal else "cuda")
         self.on_gpu = not rehearsal
-        self.compile_options: dict[str, Any] = {"mode": "max-autotune"} if self.on_gpu else {"backend": "aot_eager"}
+        self.mode = mode
+        self.compile_options: dict[str, Any] = {"mode": mode} if self.on_gpu else {"backend": "aot_eager"}
 
     @property
     def gpu(self) -> Gpu:
@@ -93,6 +111,21 @@ class Machine:
         """Of one run, on the device's own clock."""
         return gpu_seconds(run) if self.on_gpu else processor_seconds(run)
 
+    def kernels(self, run: Callable[[], Any]) -> dict[str, list[float]]:
+        """Kernels of a run by name: how many, and their seconds together; {} in a rehearsal."""
+        if not self.on_gpu:
+            return {}
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            run()
+            torch.cuda.synchronize()
+        found: dict[str, list[float]] = {}
+        for event in profile.events():
+            if event.device_type == torch.autograd.DeviceType.CUDA:
+                entry = found.setdefault(event.name, [0, 0.0])
+                entry[0] += 1
+                entry[1] += 1e-6 * event.device_time
+        return dict(sorted(found.items(), key=lambda item: -item[1][1]))
+
     def allocated(self) -> int:
         """Bytes that tensors hold on the GPU; 0 in a rehearsal."""
         gc.collect()
@@ -106,9 +139,13 @@ class Machine:
         return torch.cuda.max_memory_allocated() if self.on_gpu else 0
 
 
-def measure(name: str, machine: Machine, repeats: int) -> dict[str, Any]:
+def measure(name: str, machine: Machine, repeats: int, wanted: Sequence[str] = ARMS) -> dict[str, Any]:
     unet, examples = ARCHITECTURES[name]()
-    folders = {preset: stored(unet, examples, preset) for preset in PRESETS}
+    folders = {
+        preset: stored(unet, examples, preset)
+        for preset in PRESETS
+        if any(label.startswith(preset) for label in wanted)
+    }
     inputs = moved(examples, machine.device)
     unet = unet.to(CARRIER)
     makers: dict[str, Callable[[], Any]] = {
@@ -118,6 +155,7 @@ def measure(name: str, machine: Machine, repeats: int) -> dict[str, Any]:
     for preset, folder in folders.items():
         for autotune in (False, True):
             makers[preset + AUTOTUNED * autotune] = partial(load, folder.name, machine, autotune=autotune)
+    makers = {label: make for label, make in makers.items() if label in (BASELINE, *wanted)}
     arms: dict[str, Arm] = {}
     errors: dict[str, str] = {}
     with torch.no_grad():
@@ -132,11 +170,13 @@ def measure(name: str, machine: Machine, repeats: int) -> dict[str, Any]:
                 print(f"{name}: {label} failed", file=sys.stderr)
                 traceback.print_exc()
         times = interleaved({label: arm.run for label, arm in arms.items()}, machine, repeats)
+        kernels = {label: machine.kernels(arm.run) for label, arm in arms.items()}
     for folder in folders.values():
         folder.cleanup()
     return {
         "device": machine.name,
         "torch": torch.__version__,
+        "mode": machine.mode,
         "rehearsal": not machine.on_gpu,
         "batch": BATCH,
         "arms": {
@@ -152,6 +192,7 @@ def measure(name: str, machine: Machine, repeats: int) -> dict[str, Any]:
             for label, arm in arms.items()
         },
         "errors": errors,
+        "kernels": kernels,
         "layers": {label: arm.layers for label, arm in arms.items() if arm.layers},
         "reports": {label: arm.report for label, arm in arms.items() if arm.report},
     }
@@ -254,7 +295,7 @@ class Timer(fx.Interpreter):
         product = work.product
         kind = "linear" if "kernel" in call else "conv {}x{}".format(*call["weight_shape"][2:])
         steps = [step for step in ("embedding", "residual", "inv_scale") if call[step] is not None]
-        kernel = "int_mm" if call.get("kernel") == "int_mm" else "x".join(str(item) for item in call["tile"][:3])
+        kernel = "int_mm" if call.get("kernel") == "int_mm" else _tile_name(call["tile"])
         shape = f"{product.rows} x {product.outputs * product.groups} x {product.depth * product.taps}"
         key = " ".join((kind, shape, str(call.get("stride", "")), *steps, kernel))
         if key not in self.rows:
@@ -280,6 +321,12 @@ def roofline(model: Any, inputs: Mapping[str, Any], timestep: Tensor, machine: M
     return list(timer.rows.values())
 
 
+def _tile_name(tile: Sequence[int]) -> str:
+    *shape, _, _, descriptors, split = tile
+    name = "x".join(str(item) for item in shape) + " by descriptors" * descriptors
+    return f"{name}, split {split}" if split > 1 else name
+
+
 def _work(call: Mapping[str, Any], result: Tensor) -> LayerWork:
     outputs, depth, *kernel = call["weight_shape"]
     groups = call.get("groups", 1)
@@ -290,6 +337,7 @@ def _work(call: Mapping[str, Any], result: Tensor) -> LayerWork:
         taps=kernel[0] * kernel[1] if kernel else 1,
         groups=groups,
         packed=call["weight_zero_point"] is not None,
+        stride_one=set(call.get("stride", [1])) == {1},
     )
     return LayerWork(product=product, input_elements=call["x"].numel())
 
@@ -330,7 +378,7 @@ def page(results: Mapping[str, Any]) -> str:
         "SQNR is against compiled fp16 on one random input without calibration data.",
     ]
     for name, case in results.items():
-        heading = f"## {name}, batch {case['batch']}, on {case['device']}, torch {case['torch']}"
+        heading = f"## {name}, batch {case['batch']}, on {case['device']}, torch {case['torch']}, {case['mode']}"
         lines += [
             "",
             heading,
@@ -346,6 +394,7 @@ def page(results: Mapping[str, Any]) -> str:
                 f"{arm['weights'] / base:.2f}x | {arm['peak'] / 1e6:.0f} | {quality} |"
             )
         lines += [f"\n{label} failed: `{' '.join(error.split())[:300]}`" for label, error in case["errors"].items()]
+        lines += kernel_table(case["kernels"])
         for label, rows in case["layers"].items():
             lines += [
                 "",
@@ -361,6 +410,33 @@ def page(results: Mapping[str, Any]) -> str:
                     f"{row['operations'] / row['seconds'] / 1e12:.1f} |"
                 )
     return "\n".join(lines) + "\n"
+
+
+def kernel_table(kernels: Mapping[str, Mapping[str, Sequence[float]]]) -> list[str]:
+    """Where the steps of the arms go, by kind of kernel."""
+    if not any(kernels.values()):
+        return []
+    kinds = [*KERNELS.values(), "others"]
+    lines = [
+        "",
+        "Kernels of one step, us together (number), from a profile:",
+        "",
+        f"| arm | {' | '.join(kinds)} | all |",
+        f"|---|{'---:|' * (len(kinds) + 1)}",
+    ]
+    for label, found in kernels.items():
+        cells = []
+        for kind in kinds:
+            own = [entry for name, entry in found.items() if kernel_kind(name) == kind]
+            cells.append(f"{1e6 * sum(entry[1] for entry in own):.0f} ({sum(entry[0] for entry in own):.0f})")
+        cells.append(f"{1e6 * sum(entry[1] for entry in found.values()):.0f}")
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    return lines
+
+
+def kernel_kind(name: str) -> str:
+    """Which of KERNELS' kinds a kernel is."""
+    return next((kind for pattern, kind in KERNELS.items() if re.search(pattern, name)), "others")
 
 
 if __name__ == "__main__":

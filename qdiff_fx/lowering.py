@@ -13,12 +13,13 @@ from qdiff_fx.autotune import TUNERS, Timings, choose
 from qdiff_fx.calibration.progress import named_steps
 from qdiff_fx.config import QDiffConfig
 from qdiff_fx.errors import InputError
-from qdiff_fx.graph.edit import LAYER_OPERATORS, get_tensor, shared_copy, stored_bytes
+from qdiff_fx.graph.edit import LAYER_OPERATORS, get_tensor, pruned, shared_copy, stored_bytes
 from qdiff_fx.graph.meta import (
     ATTENTION,
     FALLBACK,
     KERNEL,
     LAYER,
+    MERGED,
     MODULE_PATH,
     PARTS,
     STORED,
@@ -29,13 +30,17 @@ from qdiff_fx.graph.meta import (
 from qdiff_fx.graph.signature import CallSignature
 from qdiff_fx.passes.base import GraphPass, PassContext, run_passes
 from qdiff_fx.passes.lower import LOWER
-from qdiff_fx.passes.lower.x86_siblings import ShareQuantizeSteps
+from qdiff_fx.passes.lower.merged_linears import MergeStoredLinears
+from qdiff_fx.passes.lower.shared_steps import ShareQuantizeSteps
 
 aten = torch.ops.aten
 qdiff = torch.ops.qdiff
 
 _LAYERS = (qdiff.conv2d.default, qdiff.linear.default, *LAYER_OPERATORS)
-_BEFORE_TIMING: Mapping[str, tuple[GraphPass, ...]] = {"x86": (ShareQuantizeSteps(),)}
+_BEFORE_TIMING: Mapping[str, tuple[GraphPass, ...]] = {
+    "x86": (ShareQuantizeSteps(),),
+    "cuda": (ShareQuantizeSteps(), MergeStoredLinears()),
+}
 """Passes that a backend's timed layers stand behind."""
 
 _ATTENTIONS = (
@@ -157,6 +162,7 @@ def lower(
         context.carrier_layers, context.kernels, timings = choices.carrier, choices.kernels, choices.timings
     with named_steps(f"lower to {backend}", total=len(LOWER[backend]), progress=progress) as begin:
         run_passes(LOWER[backend], lowered, context, begin)
+    lowered = pruned(lowered)  # of constants that one pass made for another
     return lowered, LoweringReport(
         backend=backend,
         rows=tuple(_rows(lowered)),
@@ -201,9 +207,12 @@ def _rows(graph_module: fx.GraphModule) -> Iterator[LoweringRow]:
         name = policy.name if policy else attention.name if attention else MODULE_PATH.get(node) or node.name
         simulated = node.target is qdiff.attention.default
         value: Any = node.meta["val"]
-        kernel = KERNEL.get(node) or str(node.target).removesuffix(".default")
-        if node.target in LAYER_OPERATORS and stored is not None and stored.dtype.startswith("int"):
-            kernel += " on dequantized weight" if not _reads_codes(node) else " on dequantized codes"
+        call: Any = node.args[0] if MERGED.get(node) else node
+        kernel = KERNEL.get(call) or str(call.target).removesuffix(".default")
+        if call.target in LAYER_OPERATORS and stored is not None and stored.dtype.startswith("int"):
+            kernel += " on dequantized weight" if not _reads_codes(call) else " on dequantized codes"
+        if count := MERGED.get(node):
+            kernel += f", one of {count} merged"
         yield LoweringRow(
             node=node.name,
             layer=name,
@@ -212,9 +221,9 @@ def _rows(graph_module: fx.GraphModule) -> Iterator[LoweringRow]:
             bytes=stored.bytes if stored else 0,
             fallback="simulated: quantized operands, products in the carrier type"
             if simulated
-            else FALLBACK.get(node) or "",
+            else FALLBACK.get(call) or "",
             simulated=simulated,
-            timing=TIMED.get(node),
+            timing=TIMED.get(call),
         )
 
 

@@ -10,12 +10,14 @@ from qdiff_fx.passes.lower.cuda_attention import LowerCudaAttention
 from qdiff_fx.passes.lower.cuda_carrier import KeepSlowLayersInCarrier
 from qdiff_fx.passes.lower.cuda_epilogue import FuseCudaEpilogues
 from qdiff_fx.passes.lower.cuda_layers import LowerCudaLayers
+from qdiff_fx.passes.lower.merged_linears import MergeStoredLinears
 from qdiff_fx.passes.lower.openvino import RunByOpenVINO
 from qdiff_fx.passes.lower.qdq import QuantizeDequantizeLayers, QuantizeDequantizeWeights
 from qdiff_fx.passes.lower.quantize import LowerQuantize
+from qdiff_fx.passes.lower.shared_steps import ShareQuantizeSteps
 from qdiff_fx.passes.lower.signed_codes import CancelSignChanges
 from qdiff_fx.passes.lower.x86_layers import LowerX86Layers
-from qdiff_fx.passes.lower.x86_siblings import MergeLinears, ShareQuantizeSteps
+from qdiff_fx.passes.lower.x86_siblings import MergeLinears
 
 LOWER: Mapping[str, tuple[GraphPass, ...]] = {
     "reference": (),
@@ -39,6 +41,8 @@ LOWER: Mapping[str, tuple[GraphPass, ...]] = {
         RunByOpenVINO(),
     ),
     "cuda": (
+        ShareQuantizeSteps(),
+        MergeStoredLinears(),
         KeepSlowLayersInCarrier(),
         LowerCudaAttention(),
         LowerCudaLayers(),

@@ -46,6 +46,7 @@ def layer_work(layer: IntegerLayer) -> LayerWork:
         taps=prod(kernel),
         groups=layer.groups,
         packed=layer.weight_zero_point is not None,
+        stride_one=set(layer.stride) == {1},
     )
     elements = prod(size_hint(size) for size in shape_of(layer.x) or ())
     return LayerWork(product=product, input_elements=elements, quantized_alone=quantized_alone(layer.x))

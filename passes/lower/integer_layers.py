@@ -105,7 +105,7 @@ class IntegerLayerPass(RewritePass[IntegerLayer]):
         return integer_layer(node)
 
     def check(self, match: IntegerLayer, graph_module: fx.GraphModule, context: PassContext) -> str | None:
-        return computed_operands([item for item in match.node.args[1:6] if isinstance(item, fx.Node)])
+        return computed_operands(_constants(match.node))
 
 
 def integer_layer(node: fx.Node) -> IntegerLayer | None:
@@ -131,6 +131,22 @@ def integer_layer(node: fx.Node) -> IntegerLayer | None:
         output_dtype=arguments[-1],
         **geometry,
     )
+
+
+def sibling_linears(graph_module: fx.GraphModule) -> list[list[IntegerLayer]]:
+    """The integer linears of the graph, those that read the same codes together."""
+    groups: dict[Any, list[IntegerLayer]] = {}
+    for node in graph_module.graph.nodes:
+        layer = integer_layer(node)
+        if layer is None or layer.is_conv2d or computed_operands(_constants(node)) is not None:
+            continue
+        key = (layer.x, layer.x_scale, layer.x_zero_point, layer.output_dtype)
+        groups.setdefault(key, []).append(layer)
+    return list(groups.values())
+
+
+def _constants(layer: fx.Node) -> list[fx.Node]:
+    return [item for item in layer.args[1:6] if isinstance(item, fx.Node)]
 
 
 def stored_tensor(graph_module: fx.GraphModule, node: Any) -> Tensor | None:

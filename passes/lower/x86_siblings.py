@@ -3,61 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from qdiff_fx.graph.edit import create_call, get_tensor, shape_of
+from qdiff_fx.graph.edit import create_call, shape_of
 from qdiff_fx.graph.meta import KERNEL
 from qdiff_fx.kernels.x86 import OUTPUT_DTYPES, prepack_linear
 from qdiff_fx.passes.base import GraphPass, PassContext, PassResult, finish
 from qdiff_fx.passes.lower.integer_layers import (
     IntegerLayer,
     add_constant,
-    integer_layer,
+    sibling_linears,
     stored_tensor,
     value_like,
 )
-from qdiff_fx.passes.lower.stored_weights import computed_operands
 
 aten = torch.ops.aten
 qdiff = torch.ops.qdiff
-
-
-class ShareQuantizeSteps(GraphPass):
-    """Quantize steps of one tensor on one grid become one, so that their readers can be recognised as siblings.
-
-    Every ResNet block of a diffusers UNet applies SiLU to the time embedding on its own; equal SiLUs become one too.
-
-    Left alone: steps whose scales differ (learned ones, channel factors of their own).
-    """
-
-    def run(self, graph_module: fx.GraphModule, context: PassContext) -> PassResult:
-        seen: dict[Any, fx.Node] = {}
-        rewrites = []
-        for node in list(graph_module.graph.nodes):
-            if node.target is aten.silu.default:
-                key: Any = (node.target, node.args[0])
-            elif node.target is qdiff.quantize.default:
-                scale = get_tensor(graph_module, node.args[1].target)
-                key = (
-                    node.target,
-                    node.args[0],
-                    tuple(scale.shape),
-                    scale.flatten().tolist().__repr__(),
-                    node.args[2:],
-                )
-            else:
-                continue
-            first = seen.setdefault(key, node)
-            if first is not node:
-                node.replace_all_uses_with(first)
-                graph_module.graph.erase_node(node)
-                rewrites.append(node.name)
-        if rewrites:
-            finish(graph_module)
-        return PassResult(name=self.name, modified=bool(rewrites), rewrites=tuple(rewrites))
 
 
 class MergeLinears(GraphPass):
@@ -81,18 +44,6 @@ class MergeLinears(GraphPass):
         return PassResult(name=self.name, modified=bool(rewrites), rewrites=tuple(rewrites))
 
 
-def sibling_linears(graph_module: fx.GraphModule) -> list[list[IntegerLayer]]:
-    """The integer linears of the graph, those that read the same codes together."""
-    groups: dict[Any, list[IntegerLayer]] = {}
-    for node in graph_module.graph.nodes:
-        layer = integer_layer(node)
-        if layer is None or layer.is_conv2d or computed_operands(_constants(layer)) is not None:
-            continue
-        key = (layer.x, layer.x_scale, layer.x_zero_point, layer.output_dtype)
-        groups.setdefault(key, []).append(layer)
-    return list(groups.values())
-
-
 def merged_operands(
     group: Iterable[IntegerLayer], graph_module: fx.GraphModule
 ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -106,10 +57,6 @@ def merged_operands(
         biases.append(torch.zeros_like(scale) if bias is None else bias.to(torch.float32))
     has_bias = any(layer.bias is not None for layer in group)
     return torch.cat(weights), torch.cat(scales), torch.cat(biases) if has_bias else None
-
-
-def _constants(layer: IntegerLayer) -> list[fx.Node]:
-    return [item for item in layer.node.args[1:6] if isinstance(item, fx.Node)]
 
 
 def _merge(group: list[IntegerLayer], graph_module: fx.GraphModule) -> None:

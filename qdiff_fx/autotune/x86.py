@@ -20,8 +20,7 @@ from qdiff_fx.autotune.layer_size import LayerSize, layer_size
 from qdiff_fx.autotune.timer import interleaved, processor_seconds
 from qdiff_fx.graph.meta import LayerTiming
 from qdiff_fx.kernels.x86 import OUTPUT_DTYPES, prepack_conv2d, prepack_linear
-from qdiff_fx.passes.lower.integer_layers import IntegerLayer, integer_layer
-from qdiff_fx.passes.lower.x86_siblings import sibling_linears
+from qdiff_fx.passes.lower.integer_layers import IntegerLayer, integer_layer, sibling_linears
 
 aten = torch.ops.aten
 qdiff = torch.ops.qdiff

@@ -110,6 +110,9 @@ FALLBACK: MetaKey[str] = MetaKey("fallback")
 KERNEL: MetaKey[str] = MetaKey("kernel")
 """On nodes of a lowered graph whose operator's name does not say which kernel runs."""
 
+MERGED: MetaKey[int] = MetaKey("merged")
+"""On slices of a lowered graph: of how many layers in one call they are one; the call is their input."""
+
 TIMED: MetaKey[LayerTiming] = MetaKey("timed")
 """On layers and attentions of a lowered graph whose kernel was chosen by timing."""
 

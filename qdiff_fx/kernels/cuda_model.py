@@ -2,22 +2,29 @@
 
 A kernel takes as long as the slowest of its shares: tensor-core operations, bytes from and to memory, and for
 attention the exponentials and the arithmetic around them. `floor` is at the maker's peaks; `predicted` at the shares of
-them that kernels are assumed to reach, the constants below. docs/results-cuda-model.md tabulates both.
+them that kernels reach, the constants below, and for our layers' kernel by what its best tile takes
+(`cuda_tiles.tile_cycles`). docs/results-cuda-model.md tabulates both.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 
 from qdiff_fx.kernels.cuda_gpu import Gpu
-from qdiff_fx.kernels.cuda_tiles import Product
+from qdiff_fx.kernels.cuda_tiles import Product, layer_tiles, tile_cycles
 
-INTEGER_SHARE = 0.6
-"""Of the int8 peak: a Triton kernel with its loads pipelined. An assumption, low on purpose."""
+CARRIER_SHARE, CARRIER_LAUNCH = 0.68, 5e-6
+"""Share of the fp16 peak, and seconds beside it: the vendor's matmuls, fitted to an H100's times of 31 layers."""
 
-CARRIER_SHARE = 0.75
-"""Of the fp16 peak: the vendor's convolutions and matmuls, and its int8 matmul."""
+CARRIER_CONV_SHARE, CARRIER_CONV_LAUNCH = 0.62, 11e-6
+"""Likewise of its convolutions, by 33 layers of 3 x 3."""
+
+VENDOR_INTEGER_SHARE = 0.45
+"""Of the int8 peak: the vendor's int8 matmul, likewise."""
+
+QUANTIZE_LAUNCH = 2e-6
+"""Seconds of a quantize step's kernel of its own beside its bytes."""
 
 ATTENTION_SHARE = 0.6
 """Of either peak, in attention."""
@@ -31,9 +38,9 @@ EXPONENTIALS_PER_CYCLE = 16
 VECTOR_LANES = 128
 """float32 operations a cycle of one multiprocessor (64 on sm_80)."""
 
-CARRIER_SCORE_OPERATIONS, INTEGER_SCORE_OPERATIONS = 8, 26
-"""float32 and int32 operations a score: scale, maximum, difference, sum, cast; ours does all but the last twice, and
-corrects zero points, rounds and sums codes."""
+CARRIER_SCORE_OPERATIONS, INTEGER_SCORE_OPERATIONS = 19, 100
+"""float32 and int32 operations a score, as an H100's times read: scale, maximum, difference, sum, cast; ours does all
+but the last twice, corrects zero points, rounds and sums codes, and moves codes between registers."""
 
 CARRIER_BYTES = 2
 
@@ -91,26 +98,43 @@ class LayerWork:
 
 
 def integer_layer(work: LayerWork, gpu: Gpu) -> Estimate:
-    """The layer by the fused int8 kernel, output in a 16-bit carrier."""
-    weight_bytes = work.weights * (0.5 if work.product.packed else 1.0)
-    moved = work.input_elements + weight_bytes + CARRIER_BYTES * work.outputs
-    if work.quantized_alone:
-        moved += (CARRIER_BYTES + 1) * work.input_elements
-    return _estimate(work.operations, gpu.int8_tops, INTEGER_SHARE, moved, gpu)
+    """The layer by the fused int8 kernel with its best tile, output in a 16-bit carrier."""
+    product = work.product
+    moved = work.input_elements + work.weights * (0.5 if product.packed else 1.0) + CARRIER_BYTES * work.outputs
+    kernel = min(tile_cycles(product, tile, gpu) for tile in layer_tiles(product, gpu)) / (1e9 * gpu.gigahertz)
+    return _layer(work, gpu.int8_tops, moved, gpu, kernel)
 
 
 def vendor_integer_layer(work: LayerWork, gpu: Gpu) -> Estimate:
     """A linear by torch._int_mm, whose int32 result another kernel reads."""
     moved = work.input_elements + work.weights + (2 * 4 + CARRIER_BYTES) * work.outputs
-    if work.quantized_alone:
-        moved += (CARRIER_BYTES + 1) * work.input_elements
-    return _estimate(work.operations, gpu.int8_tops, CARRIER_SHARE, moved, gpu)
+    kernels = work.operations / (VENDOR_INTEGER_SHARE * gpu.int8_tops * 1e12) + CARRIER_LAUNCH
+    kernels += (4 + CARRIER_BYTES) * work.outputs / (MEMORY_SHARE * gpu.bandwidth * 1e9)
+    return _layer(work, gpu.int8_tops, moved, gpu, kernels)
 
 
 def carrier_layer(work: LayerWork, gpu: Gpu) -> Estimate:
     """The layer by the vendor's kernel in a 16-bit carrier."""
     moved = CARRIER_BYTES * (work.input_elements + work.weights + work.outputs)
-    return _estimate(work.operations, gpu.fp16_tflops, CARRIER_SHARE, moved, gpu)
+    share, launch = CARRIER_SHARE, CARRIER_LAUNCH
+    if work.product.taps > 1:
+        share, launch = CARRIER_CONV_SHARE, CARRIER_CONV_LAUNCH
+    kernel = work.operations / (share * gpu.fp16_tflops * 1e12) + launch
+    return _layer(replace(work, quantized_alone=False), gpu.fp16_tflops, moved, gpu, kernel)
+
+
+def _layer(work: LayerWork, peak: float, moved: float, gpu: Gpu, kernel: float) -> Estimate:
+    """An estimate of a layer whose kernel takes `kernel` seconds if memory keeps up."""
+    streaming = MEMORY_SHARE * gpu.bandwidth * 1e9
+    quantized = (CARRIER_BYTES + 1) * work.input_elements if work.quantized_alone else 0
+    quantize = QUANTIZE_LAUNCH + quantized / streaming if quantized else 0.0
+    return Estimate(
+        floor=max(work.operations / (peak * 1e12), (moved + quantized) / (gpu.bandwidth * 1e9)),
+        predicted=max(kernel, moved / streaming) + quantize,
+        operations=work.operations,
+        bytes=moved + quantized,
+        bound="compute" if kernel >= moved / streaming else "memory",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

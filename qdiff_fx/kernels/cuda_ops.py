@@ -72,7 +72,7 @@ def _conv2d(
     output_dtype: torch.dtype,
 ) -> Tensor:
     output = _empty_image(x, weight_shape, stride, padding, dilation, output_dtype)
-    constants = (scale, correction, weight_zero_point, channel_shift, bias, _contiguous(embedding), inv_scale)
+    constants = (scale, correction, weight_zero_point, channel_shift, bias, _rows(embedding), inv_scale)
     geometry = (stride, padding, dilation)
     _launch(x).conv2d(
         x, weight, constants, residual, output, requantize, silu, weight_shape, geometry, groups, tile
@@ -204,8 +204,9 @@ def _empty_image(
     return torch.empty(shape, dtype=dtype, device=x.device, memory_format=torch.channels_last)
 
 
-def _contiguous(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
+def _rows(embedding: Tensor | None) -> Tensor | None:
+    """An embedding whose rows are contiguous each; a slice of merged layers' output is one."""
+    return embedding if embedding is None or embedding.stride(1) == 1 else embedding.contiguous()
 
 
 for _name, _kernel, _fake in (

@@ -8,20 +8,74 @@ autotune=True; otherwise the shape with the smallest predicted time is taken.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from math import ceil
+from dataclasses import dataclass, replace
+from math import ceil, prod
 
 from qdiff_fx.kernels.cuda_gpu import Capability, Gpu
 
-_CACHE_BYTES_PER_CYCLE = 48
-"""What one multiprocessor draws from L2, about three quarters of its port."""
 
-_BLOCK_CYCLES = 1500
-"""Start and epilogue of a block."""
+@dataclass(frozen=True, kw_only=True)
+class _Costs:
+    """What a kernel's time is made of on one multiprocessor, in cycles of the boost clock.
 
-_STEP_LATENCY = 700
-"""Cycles from a load to its use; a pipeline of n stages waits for a (n - 1)th of it a step."""
+    Fitted to the times of 64 layers of Stable Diffusion 1.5 and XL with up to 26 tiles each on an H100
+    (docs/decisions/044-copy-engine.md); other GPUs have their own peaks and are assumed to be alike otherwise.
 
+    Args:
+      tensor_cores: share of their peak that a step reaches.
+      cache: bytes a cycle from L2.
+      latency: from a load to its use; a pipeline of n stages waits for a (n - 1)th of it a step.
+      step: what a step costs beside its products, if no other block fills the gap.
+      block, element: start and epilogue of a block, once and for each of its outputs.
+      launch: start and end of the kernel.
+      unpacking: factor on the products of packed weights.
+      unpacked: for each of their bytes and threads.
+      split, shared: a split layer's kernel more, and for each of its outputs.
+    """
+
+    tensor_cores: float
+    cache: float
+    latency: float
+    step: float
+    block: float
+    element: float
+    launch: float
+    unpacking: float
+    unpacked: float
+    split: float = 0.0
+    shared: float = 0.0
+
+
+_BY_THREADS = _Costs(
+    tensor_cores=0.49,
+    cache=33,
+    latency=1370,
+    step=140,
+    block=630,
+    element=0.12,
+    launch=1970,
+    unpacking=1.27,
+    unpacked=0.46,
+)
+_BY_DESCRIPTORS = _Costs(
+    tensor_cores=0.79,
+    cache=48,
+    latency=3150,
+    step=148,
+    block=2310,
+    element=0.16,
+    launch=130,
+    unpacking=1.27,
+    unpacked=0.46,
+    split=4680,
+    shared=3.3,
+)
+
+_REGISTERS = 65536
+"""Of a multiprocessor; a thread has those of its outputs and the rest."""
+
+_OTHER_REGISTERS = {False: 95, True: 60}
+"""Of a thread, by whether it computes no addresses of loads."""
 
 _WORTH_TRYING = 2.0
 """Times the best prediction: so far the predictions are trusted, further away a shape is not even timed."""
@@ -35,6 +89,8 @@ class Tile:
       rows, outputs: of its output.
       depth: bytes of a weight row that one step reads; packed weights hold two channels in each.
       warps, stages: of the program and of its pipeline.
+      descriptors: whether the copy engine fetches tiles (`triton_kernels.image_layer`) instead of the threads.
+      split: programs that share the sum of one tile; more than one with descriptors only.
     """
 
     rows: int
@@ -42,19 +98,22 @@ class Tile:
     depth: int
     warps: int
     stages: int
+    descriptors: bool = False
+    split: int = 1
 
     @property
     def arguments(self) -> list[int]:
         """As the operators take it."""
-        return [self.rows, self.outputs, self.depth, self.warps, self.stages]
+        return [self.rows, self.outputs, self.depth, self.warps, self.stages, int(self.descriptors), self.split]
 
-    @property
-    def shared_memory(self) -> int:
-        """Bytes of its pipeline, at most (packed weights come with two tiles of activations)."""
-        return (2 * self.rows + self.outputs) * self.depth * self.stages
+    def shared_memory(self, packed: bool) -> int:
+        """Bytes of its pipeline, at most; packed weights come with two tiles of activations."""
+        return (self.rows * (2 if packed else 1) + self.outputs) * self.depth * self.stages
 
     def __str__(self) -> str:
-        return f"{self.rows}x{self.outputs}x{self.depth}, {self.warps} warps, {self.stages} stages"
+        name = f"{self.rows}x{self.outputs}x{self.depth}, {self.warps} warps, {self.stages} stages"
+        name += ", descriptors" if self.descriptors else ""
+        return f"{name}, split {self.split}" if self.split > 1 else name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +126,7 @@ class Product:
       taps: of the kernel.
       groups: of the convolution.
       packed: whether weights are 4-bit.
+      stride_one: whether neighbouring outputs see neighbouring inputs.
     """
 
     rows: int
@@ -75,6 +135,17 @@ class Product:
     taps: int = 1
     groups: int = 1
     packed: bool = False
+    stride_one: bool = True
+
+    @property
+    def length(self) -> int:
+        """Bytes of a tap in a weight's row."""
+        return ceil(self.depth / 2) if self.packed else self.depth
+
+    @property
+    def describable(self) -> bool:
+        """Whether a descriptor can tell the copy engine where its tiles lie: rows of whole 16 bytes, no groups."""
+        return self.groups == 1 and self.stride_one and self.depth % (32 if self.packed else 16) == 0
 
 
 def _tiles(*shapes: tuple[int, int, int, int, int]) -> tuple[Tile, ...]:
@@ -82,6 +153,15 @@ def _tiles(*shapes: tuple[int, int, int, int, int]) -> tuple[Tile, ...]:
         Tile(rows=rows, outputs=outputs, depth=depth, warps=warps, stages=stages)
         for rows, outputs, depth, warps, stages in shapes
     )
+
+
+def _described(
+    *shapes: tuple[int, int, int, int, int], splits: Mapping[tuple[int, int, int, int, int], tuple[int, ...]]
+) -> tuple[Tile, ...]:
+    """Tiles by descriptors: whole ones, then some of them split."""
+    whole = [replace(tile, descriptors=True) for tile in _tiles(*shapes)]
+    divided = [replace(_tiles(shape)[0], descriptors=True, split=parts) for shape in splits for parts in splits[shape]]
+    return (*whole, *divided)
 
 
 _AMPERE = _tiles(
@@ -124,6 +204,26 @@ _HOPPER_PACKED = _tiles(
     (64, 128, 32, 4, 4),
     (64, 64, 64, 4, 3),
 )
+# What the copy engine fetches for; it knows no groups and no strides. Depths end where weight rows do, so that packed
+# weights of 320 channels, 160 bytes, need steps of 32.
+_HOPPER_DESCRIPTORS = _described(
+    (128, 128, 128, 8, 3),
+    (128, 128, 128, 8, 4),
+    (256, 128, 128, 8, 3),
+    (128, 64, 128, 4, 4),
+    (64, 128, 128, 4, 4),
+    (64, 64, 128, 4, 6),
+    splits={(64, 64, 128, 4, 6): (2, 4, 8), (128, 64, 128, 4, 4): (2, 4)},
+)
+_HOPPER_PACKED_DESCRIPTORS = _described(
+    (128, 128, 64, 8, 3),
+    (256, 64, 64, 4, 3),
+    (128, 64, 64, 4, 4),
+    (64, 128, 64, 4, 4),
+    (64, 64, 64, 4, 6),
+    (128, 64, 32, 4, 6),
+    splits={(64, 64, 64, 4, 6): (2, 4, 8), (128, 64, 64, 4, 4): (2, 4)},
+)
 # tcgen05 leaves accumulators in its own memory, and everything else that a large epilogue holds in registers.
 _BLACKWELL = _tiles(
     (128, 128, 64, 8, 4),
@@ -142,12 +242,31 @@ TILES: Mapping[Capability, Mapping[bool, tuple[Tile, ...]]] = {
 }
 """By capability, then by whether weights are packed. `layer_tiles` tells which of them a layer may have."""
 
+DESCRIPTOR_TILES: Mapping[Capability, Mapping[bool, tuple[Tile, ...]]] = {
+    (9, 0): {False: _HOPPER_DESCRIPTORS, True: _HOPPER_PACKED_DESCRIPTORS}
+}
+"""Likewise, for GPUs whose copy engine fetches tiles and on which that was measured."""
+
 
 def interpreter_tile(product: Product) -> Tile:
     """A tile for Triton's interpreter: its time goes by the number of operations, hardly by their width."""
     rows, outputs = (max(16, min(128, 2 ** (size - 1).bit_length())) for size in (product.rows, product.outputs))
     depth = max(32, min(128, 2 ** (product.depth - 1).bit_length()))
     return Tile(rows=rows, outputs=outputs, depth=depth, warps=4, stages=1)
+
+
+def pixel_block(rows: int, images: int, height: int, width: int) -> tuple[int, int, int]:
+    """`rows` output pixels as images x height x width, powers of two, with the fewest outside; wide, then tall.
+
+    Args:
+      images, height, width: of the output.
+    """
+    powers = [2**exponent for exponent in reversed(range(rows.bit_length()))]
+    blocks = [(rows // (tall * wide), tall, wide) for wide in powers for tall in powers if tall * wide <= rows]
+    sizes = (images, height, width)
+    return min(
+        blocks, key=lambda block: prod(ceil(size / part) * part for size, part in zip(sizes, block, strict=True))
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,36 +321,58 @@ def attention_tiles(head: int, gpu: Gpu | None) -> tuple[AttentionTile, ...]:
 
 
 def layer_tiles(product: Product, gpu: Gpu) -> tuple[Tile, ...]:
-    """The tiles of `gpu`'s table that keep the layer's values in registers.
+    """The tiles of `gpu`'s tables that keep the layer's values in registers.
 
-    Packed weights of several groups, or of rows that cannot be read 16 bytes at a time, need more of them for
-    addresses and masks: the large tiles spill.
+    Those with descriptors, where the layer can have them; packed weights whose rows such steps do not divide keep the
+    others beside them. Packed weights of several groups, or of rows that cannot be read 16 bytes at a time, need more
+    registers for addresses and masks: the large tiles spill.
     """
     tiles = TILES[gpu.capability][product.packed]
-    if product.packed and (product.groups > 1 or product.depth % 32):
-        return tuple(tile for tile in tiles if max(tile.rows, tile.outputs) <= 64)
-    return tiles
+    described = DESCRIPTOR_TILES.get(gpu.capability, {}).get(product.packed, ()) if product.describable else ()
+    if not product.packed:
+        return described or tiles
+    fitting = tuple(tile for tile in described if product.length % tile.depth == 0)
+    if len(fitting) * 2 > len(described):
+        return fitting
+    if product.groups > 1 or product.depth % 32:
+        tiles = tuple(tile for tile in tiles if max(tile.rows, tile.outputs) <= 64)
+    return (*fitting, *tiles)
 
 
 def ranked_tiles(product: Product, gpu: Gpu) -> list[Tile]:
-    """The tiles of `gpu`'s table worth trying, the one with the smallest predicted time first."""
+    """The tiles worth trying, the one with the smallest predicted time first."""
     cycles = {tile: tile_cycles(product, tile, gpu) for tile in layer_tiles(product, gpu)}
     ranked = sorted(cycles, key=lambda tile: cycles[tile])
     return [tile for tile in ranked if cycles[tile] <= _WORTH_TRYING * cycles[ranked[0]]]
 
 
 def tile_cycles(product: Product, tile: Tile, gpu: Gpu) -> float:
-    """Predicted cycles of the layer: blocks a multiprocessor, each bound by tensor cores, by L2 or by latency."""
-    length = -(-product.depth // 2) if product.packed else product.depth
-    steps = product.taps * ceil(length / tile.depth)
-    products_a_cycle = gpu.int8_tops * 1e3 / (2 * gpu.multiprocessors * gpu.gigahertz)
+    """Predicted cycles of the layer: waves of blocks, each bound by tensor cores, by L2 or by latency."""
+    costs = _BY_DESCRIPTORS if tile.descriptors else _BY_THREADS
     codes = 2 if product.packed else 1
-    step = max(
-        tile.rows * tile.outputs * tile.depth * codes / products_a_cycle,
-        (tile.rows * codes + tile.outputs) * tile.depth / _CACHE_BYTES_PER_CYCLE,
-    )
-    blocks = ceil(product.rows / tile.rows) * ceil(product.outputs / tile.outputs) * product.groups
-    share = ceil(blocks / gpu.multiprocessors)
-    resident = max(1, min(share, gpu.shared_memory // tile.shared_memory, 16 // tile.warps))
-    together = max(resident * step, _STEP_LATENCY / max(1, tile.stages - 1)) * steps + _BLOCK_CYCLES
-    return ceil(share / resident) * together
+    steps = ceil(product.taps * ceil(product.length / tile.depth) / tile.split)
+    products_a_cycle = gpu.int8_tops * 1e3 / (2 * gpu.multiprocessors * gpu.gigahertz)
+    compute = tile.rows * tile.outputs * tile.depth * codes / products_a_cycle / costs.tensor_cores
+    if product.packed:
+        compute = costs.unpacking * compute + costs.unpacked * tile.outputs * tile.depth * codes / (32 * tile.warps)
+    cache = (tile.rows * codes + tile.outputs) * tile.depth / costs.cache
+    alone = max(compute + costs.step, costs.latency / max(1, tile.stages - 1))
+
+    def wave(resident: int) -> float:
+        step = max(resident * compute, resident * cache, alone)
+        return steps * step + costs.block + costs.element * tile.rows * tile.outputs * resident
+
+    blocks = ceil(product.rows / tile.rows) * ceil(product.outputs / tile.outputs) * product.groups * tile.split
+    resident = _resident(tile, product.packed, gpu)
+    full, rest = divmod(ceil(blocks / gpu.multiprocessors), resident)
+    cycles = costs.launch + full * wave(resident) + (wave(rest) if rest else 0.0)
+    if tile.split > 1:
+        cycles += costs.split + costs.shared * product.rows * product.outputs * product.groups / gpu.multiprocessors
+    return cycles
+
+
+def _resident(tile: Tile, packed: bool, gpu: Gpu) -> int:
+    """Blocks that one multiprocessor holds, by shared memory and by registers."""
+    own = tile.rows * tile.outputs / (32 * tile.warps) + _OTHER_REGISTERS[tile.descriptors]
+    registers = 8 * ceil(min(255, own) / 8) * 32 * tile.warps
+    return max(1, min(gpu.shared_memory // tile.shared_memory(packed), _REGISTERS // registers, 4))

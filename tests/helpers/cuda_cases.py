@@ -39,12 +39,14 @@ class LayerCase:
     requantize: bool = False
     carrier: torch.dtype = torch.float32
     tile: tuple[int, int, int] = (32, 32, 32)
+    descriptors: bool = False
+    split: int = 1
     seed: int = 0
     device: str = "cpu"
 
     @property
     def arguments(self) -> list[int]:
-        return [*self.tile, 4, 1]
+        return [*self.tile, 4, 1, int(self.descriptors), self.split]
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 
 from cuda_cases import STORED, AttentionCase, LayerCase, prepare_attention, prepare_layer
 from qdiff_fx.kernels.cuda_gpu import gpu_for
-from qdiff_fx.kernels.cuda_tiles import TILES, attention_tiles
+from qdiff_fx.kernels.cuda_tiles import TILES, Product, attention_tiles, layer_tiles
 from qdiff_fx.numerics.attention import attend
 from qdiff_fx.numerics.spec import QuantSpec
 
@@ -20,6 +20,7 @@ pytestmark = pytest.mark.skipif(
 
 SHAPES = {
     "3x3": LayerCase(channels=64, outputs=96, height=16, width=17, embedding=True, residual=True),
+    "deep 3x3": LayerCase(channels=256, outputs=128, height=8, width=8, embedding=True, requantize=True),
     "3x3 stride 2": LayerCase(channels=64, outputs=64, height=17, width=16, stride=(2, 2), requantize=True),
     "1x1": LayerCase(channels=320, outputs=128, kernel=(1, 1), padding=(0, 0), residual=True),
     "linear": LayerCase(channels=320, outputs=192, kernel=None, height=77, requantize=True),
@@ -32,9 +33,14 @@ SHAPES = {
 @pytest.mark.parametrize("name", SHAPES)
 def test_every_tile_gives_the_references_bits(name: str, carrier: torch.dtype, stored: str) -> None:
     gpu = gpu_for(torch.cuda.get_device_capability())
-    prepared = prepare_layer(replace(SHAPES[name], stored=stored, carrier=carrier, device="cuda"))
-    for tile in TILES[gpu.capability][stored != "int8"]:
-        assert torch.equal(prepared.run(tile=tile.arguments), prepared.wanted), tile
+    case = replace(SHAPES[name], stored=stored, carrier=carrier, device="cuda")
+    prepared, packed = prepare_layer(case), stored != "int8"
+    product = Product(
+        rows=1, outputs=case.outputs, depth=case.channels, packed=packed, stride_one=case.stride == (1, 1)
+    )
+    for tile in {*TILES[gpu.capability][packed], *layer_tiles(product, gpu)}:
+        for _ in range(3):  # programs that share a sum arrive in another order each time
+            assert torch.equal(prepared.run(tile=tile.arguments), prepared.wanted), tile
 
 
 def test_int_mm_gives_the_references_bits() -> None:

@@ -100,7 +100,7 @@ def test_halves_round_to_even_and_extremes_saturate() -> None:
     x = torch.arange(-128, 128, dtype=torch.int8).view(-1, 1)
     one, nothing = torch.ones(1), torch.zeros(1, 1, dtype=torch.int32)
     arguments = (x, torch.ones(1, 1, dtype=torch.int8), one, nothing, None, None, None, None)
-    grid, tail = [3, -100, 90], (False, [1, 1], "triton", [32, 32, 32, 4, 1], torch.int8)
+    grid, tail = [3, -100, 90], (False, [1, 1], "triton", [32, 32, 32, 4, 1, 0, 1], torch.int8)
     for inv_scale in (0.5, 1.5, 1e30):
         codes = torch.ops.qdiff.cuda_linear(*arguments, torch.tensor([inv_scale]), None, grid, *tail)
         wanted = torch.clamp(torch.round(x.float() * inv_scale) + 3, -100, 90)

@@ -150,7 +150,7 @@ def attention(
             mask=(column < keys)[:, None] & (feature < VALUE_HEAD)[None, :],
             other=0,
         )
-        accumulator = tl.dot((code - 128).to(tl.int8), value_tile, accumulator)
+        accumulator = tl.dot((code - 128).to(tl.int8), value_tile, accumulator, out_dtype=tl.int32)
     value_sum = tl.load(value_sums + long_head * VALUE_HEAD + feature, mask=feature < VALUE_HEAD, other=0)
     accumulator += 128 * value_sum[None, :] - (code_sum * value_zero_point)[:, None]
     tl.store(

@@ -18,8 +18,9 @@ from triton.compiler import ASTSource
 
 from qdiff_fx.errors import BackendError
 from qdiff_fx.kernels.cuda_gpu import Capability
-from qdiff_fx.kernels.cuda_tiles import AttentionTile, Tile
+from qdiff_fx.kernels.cuda_tiles import AttentionTile, Tile, pixel_block
 from qdiff_fx.kernels.triton_kernels.attention import attention, score_accumulators
+from qdiff_fx.kernels.triton_kernels.image_layer import image_gemm
 from qdiff_fx.kernels.triton_kernels.launch import (
     EXACT,
     GROUP_M,
@@ -37,6 +38,9 @@ INSTRUCTIONS: Mapping[int, str] = {
     10: r"tcgen05\.mma\.[^;]*i8",
 }
 """The int8 tensor-core instruction of each generation, by major capability, as PTX spells it."""
+
+IMAGE_SIDE = 32
+"""Pixels of the square images that kernels are compiled for."""
 
 _POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int8: "*i8"}
 
@@ -109,11 +113,27 @@ def compile_layer(variant: LayerVariant, tile: Tile, capability: Capability) -> 
         **{f"PADDING_{axis}": variant.padding for axis in "HW"},
         **{f"DILATION_{axis}": 1 for axis in "HW"},
         "SILU": variant.silu,
+        "NATIVE": True,
         "BLOCK_M": tile.rows,
         "BLOCK_N": tile.outputs,
         "BLOCK_K": tile.depth,
         "GROUP_M": GROUP_M,
     }
+    if tile.descriptors:
+        pixels = pixel_block(tile.rows, 2, IMAGE_SIDE, IMAGE_SIDE) if variant.kernel > 1 else (1, 1, tile.rows)
+        kinds |= {
+            "x": f"tensordesc<i8{[*pixels, tile.depth]}>",
+            "weight": f"tensordesc<i8{[tile.outputs, tile.depth]}>",
+            "partial": "*i32" if tile.split > 1 else None,
+            "arrived": "*i32" if tile.split > 1 else None,
+        }
+        constants |= {
+            "DEPTH": variant.channels,
+            "SPLIT": tile.split,
+            **dict(zip(("IMAGES", "TILE_H", "TILE_W"), pixels, strict=True)),
+        }
+        own = {name: value for name, value in constants.items() if name in image_gemm.arg_names}
+        return _compile(image_gemm, kinds, own, capability, tile.warps, tile.stages)
     return _compile(implicit_gemm, kinds, constants, capability, tile.warps, tile.stages)
 
 

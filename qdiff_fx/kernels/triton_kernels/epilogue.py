@@ -30,6 +30,7 @@ def silu(value):
 def finish_tile(
     accumulator,
     first_row,
+    local_row,
     here,
     column,
     inside,
@@ -37,6 +38,7 @@ def finish_tile(
     scale,
     bias,
     embedding,
+    embedding_stride,
     residual,
     inv_scale,
     output,
@@ -51,20 +53,21 @@ def finish_tile(
     Args:
       accumulator: [M, N] int32, zero points corrected.
       first_row: of the tile in the output as [rows, OUTPUTS].
+      local_row: [M], its rows in the output, counted from that one.
       here: [M], which of its rows exist.
       column, inside: [N] output channels, and which of them exist.
       embedding_row: [M], the batch entry of a row.
-      scale, bias, inv_scale: float32 [OUTPUTS]; embedding: [B, OUTPUTS]; residual: [rows, OUTPUTS]; None to leave out.
+      scale, bias, inv_scale: float32 [OUTPUTS]; embedding: [B, OUTPUTS], its rows
+        embedding_stride apart; residual: [rows, OUTPUTS]; None to leave out.
     """
-    rows: tl.constexpr = accumulator.shape[0]
     start = first_row.to(tl.int64) * OUTPUTS
-    offset = tl.arange(0, rows)[:, None] * OUTPUTS + column[None, :]
+    offset = local_row[:, None] * OUTPUTS + column[None, :]
     valid = here[:, None] & inside[None, :]
     value = accumulator.to(tl.float32) * tl.load(scale + column, mask=inside, other=0.0)[None, :]
     if bias is not None:
         value = value + tl.load(bias + column, mask=inside, other=0.0)[None, :]
     if embedding is not None:
-        entry = embedding + embedding_row[:, None] * OUTPUTS + column[None, :]
+        entry = embedding + embedding_row[:, None] * embedding_stride + column[None, :]
         value = value + tl.load(entry, mask=inside[None, :], other=0.0).to(tl.float32)
     if residual is not None:
         value = value + tl.load(residual + start + offset, mask=valid, other=0.0).to(tl.float32)

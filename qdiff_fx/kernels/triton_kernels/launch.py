@@ -13,8 +13,11 @@ from torch import Tensor
 from torch.nn import functional
 from triton.runtime.errors import OutOfResources as OutOfResources
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
+from qdiff_fx.kernels.cuda_tiles import pixel_block
 from qdiff_fx.kernels.triton_kernels.attention import attention, score_accumulators
+from qdiff_fx.kernels.triton_kernels.image_layer import image_gemm
 from qdiff_fx.kernels.triton_kernels.layer import implicit_gemm
 from qdiff_fx.kernels.triton_kernels.rescale import rescale
 
@@ -58,14 +61,21 @@ def conv2d(
     Args:
       constants: scale, correction, weight_zero_point, channel_shift, bias, embedding, inv_scale.
       geometry: stride, padding, dilation.
-      tile: rows, outputs, depth, warps, stages.
+      tile: rows, outputs, depth, warps, stages, whether by descriptors, split.
     """
     batch, channels, height, width = x.shape
+    if residual is not None:
+        residual = _rows_of_image(residual)
+    if tile[5]:
+        sizes = (batch, output.shape[2], output.shape[3])
+        kernel = (*weight_shape[2:], *geometry[1], *geometry[2])
+        _image_gemm(_rows_of_image(x), weight, constants, residual, output, sizes, requantize, kernel, silu, tile)
+        return
     _gemm(
         _rows_of_image(x),
         weight,
         constants,
-        None if residual is None else _rows_of_image(residual),
+        residual,
         output,
         (batch * output.shape[2] * output.shape[3], height, width, output.shape[2], output.shape[3]),
         requantize,
@@ -87,11 +97,18 @@ def linear(
 ) -> None:
     """Fill `output` [..., O] from x [..., C] int8, by the kernel that convolutions use; arguments as in `conv2d`."""
     rows = prod(x.shape[:-1])
+    if residual is not None:
+        residual = residual.contiguous()
+    if tile[5]:
+        image = x.reshape(1, 1, rows, x.shape[-1]).contiguous()
+        kernel = (1, 1, 0, 0, 1, 1)
+        _image_gemm(image, weight, constants, residual, output, (1, 1, rows), requantize, kernel, silu, tile)
+        return
     _gemm(
         x.contiguous(),
         weight,
         constants,
-        None if residual is None else residual.contiguous(),
+        residual,
         output,
         (rows, 1, 1, 1, 1),
         requantize,
@@ -114,11 +131,11 @@ def _gemm(
     tile: Sequence[int],
 ) -> None:
     scale, correction, zero_point, shift, bias, embedding, inv_scale = constants
-    block_m, block_n, block_k, warps, stages = tile
+    block_m, block_n, block_k, warps, stages = tile[:5]
     outputs, groups = geometry[1:3]
     grid = (triton.cdiv(sizes[0], block_m) * triton.cdiv(outputs // groups, block_n) * groups,)
     operands = (x, weight, scale, correction, zero_point, shift, bias, embedding, residual, inv_scale)
-    numbers: Any = (*sizes, *requantize, *geometry, silu)
+    numbers: Any = (*sizes, _row_stride(embedding), *requantize, *geometry, silu)
     if not grid[0]:
         return
     with _stored(output) as buffer:
@@ -126,6 +143,7 @@ def _gemm(
             *operands,
             buffer,
             *numbers,
+            NATIVE=not interpreted(),
             BLOCK_M=block_m,
             BLOCK_N=block_n,
             BLOCK_K=block_k,
@@ -134,6 +152,69 @@ def _gemm(
             num_stages=stages,
             **EXACT,
         )
+
+
+def _image_gemm(
+    x: Tensor,
+    weight: Tensor,
+    constants: Sequence[Tensor | None],
+    residual: Tensor | None,
+    output: Tensor,
+    sizes: tuple[int, int, int],
+    requantize: Sequence[int],
+    kernel: tuple[int, ...],
+    silu: bool,
+    tile: Sequence[int],
+) -> None:
+    """Fill `output` from x [images, height, width, C] by the kernel whose tiles the copy engine fetches.
+
+    Args:
+      sizes: images, height and width of the output.
+      kernel: its size, padding and dilation.
+    """
+    scale, correction, zero_point, shift, bias, embedding, inv_scale = constants
+    block_m, block_n, block_k, warps, stages, _, split = tile
+    depth, outputs = x.shape[-1], weight.shape[0]
+    pixels = pixel_block(block_m, *sizes)
+    blocks = prod(triton.cdiv(size, block) for size, block in zip(sizes, pixels, strict=True))
+    grid = (blocks * triton.cdiv(outputs, block_n), split)
+    if not grid[0]:
+        return
+    partial, arrived = None, None
+    if split > 1:
+        length = prod(sizes) * outputs
+        zeros = torch.zeros(length + grid[0], dtype=torch.int32, device=x.device)
+        partial, arrived = zeros, zeros[length:]
+    numbers: Any = (*sizes, _row_stride(embedding), *requantize, depth, outputs, *kernel, silu)
+    with _stored(output) as buffer:
+        image_gemm[grid](
+            TensorDescriptor.from_tensor(_aligned(x), [*pixels, block_k]),
+            TensorDescriptor.from_tensor(_aligned(weight), [block_n, block_k]),
+            *(scale, correction, zero_point, shift, bias, embedding, residual, inv_scale),
+            buffer,
+            *(partial, arrived),
+            *numbers,
+            NATIVE=not interpreted(),
+            IMAGES=pixels[0],
+            TILE_H=pixels[1],
+            TILE_W=pixels[2],
+            BLOCK_N=block_n,
+            BLOCK_K=block_k,
+            SPLIT=split,
+            GROUP_M=GROUP_M,
+            num_warps=warps,
+            num_stages=stages,
+            **EXACT,
+        )
+
+
+def _row_stride(embedding: Tensor | None) -> int:
+    return 0 if embedding is None else embedding.stride(0)
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """Itself, or a copy where it starts at an address that the copy engine does not take."""
+    return tensor.clone() if tensor.data_ptr() % 16 else tensor
 
 
 def int_mm_linear(

@@ -16,30 +16,7 @@ import triton
 import triton.language as tl
 
 from qdiff_fx.kernels.triton_kernels.epilogue import finish_tile
-
-
-@triton.jit
-def _cut_taps(
-    position, size, KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, DILATION: tl.constexpr
-):
-    """How many taps of an output position fall before the image, and how many behind it, as before * limit + behind."""
-    LIMIT: tl.constexpr = (PADDING + DILATION - 1) // DILATION + 1
-    first = PADDING - position * STRIDE
-    before = tl.minimum(tl.maximum(first + DILATION - 1, 0) // DILATION, LIMIT - 1)
-    reached = tl.maximum(size - 1 + first + DILATION, 0) // DILATION  # taps that start before the image's end
-    behind = tl.minimum(tl.maximum(KERNEL - reached, 0), LIMIT - 1)
-    return before * LIMIT + behind
-
-
-@triton.jit
-def _unpack(packed, zero_point, shift_low, shift_high, SHIFTED: tl.constexpr):
-    """Both int8 operands of a byte tile [N, K]: (code - zero point) << shift, exact in 8 bits."""
-    low = (packed & 15) - zero_point[:, None]
-    high = ((packed >> 4) & 15) - zero_point[:, None]
-    if SHIFTED:
-        low = low << shift_low[None, :]
-        high = high << shift_high[None, :]
-    return low, high
+from qdiff_fx.kernels.triton_kernels.operands import border_correction, unpack
 
 
 @triton.jit
@@ -60,6 +37,7 @@ def implicit_gemm(
     width,
     out_height,
     out_width,
+    embedding_stride,
     requantize_zero_point,
     requantize_qmin,
     requantize_qmax,
@@ -75,6 +53,7 @@ def implicit_gemm(
     DILATION_H: tl.constexpr,
     DILATION_W: tl.constexpr,
     SILU: tl.constexpr,
+    NATIVE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -157,11 +136,11 @@ def implicit_gemm(
                 x_high = tl.load(x_tile + HALF, mask=seen[:, None] & (channel < DEPTH - HALF)[None, :], other=0)
             if channel_shift is not None:
                 shifts = channel_shift + group * (2 * HALF) + tl.minimum(channel, HALF - 1)
-                low, high = _unpack(values, zero_point, tl.load(shifts), tl.load(shifts + HALF), True)
+                low, high = unpack(values, zero_point, tl.load(shifts), tl.load(shifts + HALF), True, NATIVE)
             else:
-                low, high = _unpack(values, zero_point, depth, depth, False)
-            accumulator = tl.dot(low, x_low.T, accumulator)
-            accumulator = tl.dot(high, x_high.T, accumulator)
+                low, high = unpack(values, zero_point, None, None, False, NATIVE)
+            accumulator = tl.dot(low, x_low.T, accumulator, out_dtype=tl.int32)
+            accumulator = tl.dot(high, x_high.T, accumulator, out_dtype=tl.int32)
         else:
             if WHOLE and not PADDED:
                 operand = tl.load(x_tile)
@@ -169,24 +148,18 @@ def implicit_gemm(
                 operand = tl.load(x_tile, mask=seen[:, None], other=0)
             else:
                 operand = tl.load(x_tile, mask=seen[:, None] & (channel < LENGTH)[None, :], other=0)
-            accumulator = tl.dot(operand, values.T, accumulator)
+            accumulator = tl.dot(operand, values.T, accumulator, out_dtype=tl.int32)
 
     if PACKED:
         accumulator = accumulator.T
-    if PADDED:
-        COLUMNS: tl.constexpr = ((PADDING_W + DILATION_W - 1) // DILATION_W + 1) * (
-            (PADDING_W + DILATION_W - 1) // DILATION_W + 1
-        )
-        pattern = _cut_taps(out_y, height, KERNEL_H, STRIDE_H, PADDING_H, DILATION_H) * COLUMNS + _cut_taps(
-            out_x, width, KERNEL_W, STRIDE_W, PADDING_W, DILATION_W
-        )
-        table = correction + pattern[:, None] * OUTPUTS + column[None, :]
-        accumulator -= tl.load(table, mask=(local < WIDTH)[None, :], other=0)
-    else:
-        accumulator -= tl.load(correction + column, mask=local < WIDTH, other=0)[None, :]
+    accumulator -= border_correction(
+        correction, out_y, out_x, height, width, column, local < WIDTH,
+        OUTPUTS, KERNEL_H, KERNEL_W, STRIDE_H, STRIDE_W, PADDING_H, PADDING_W, DILATION_H, DILATION_W,
+    )  # fmt: skip
     finish_tile(
         accumulator,
         first_row,
+        tl.arange(0, BLOCK_M),
         tl.arange(0, BLOCK_M) < rows - first_row,
         column,
         local < WIDTH,
@@ -194,6 +167,7 @@ def implicit_gemm(
         scale,
         bias,
         embedding,
+        embedding_stride,
         residual,
         inv_scale,
         output,

@@ -38,6 +38,7 @@ def rescale(
     finish_tile(
         accumulator,
         first_row,
+        local_row,
         here,
         column,
         inside,
@@ -45,6 +46,7 @@ def rescale(
         scale,
         bias,
         None,
+        0,
         residual,
         inv_scale,
         output,

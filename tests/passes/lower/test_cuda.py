@@ -18,6 +18,7 @@ from architectures import abstract_plan
 from fake_gpu import fake_gpu
 from qdiff_fx.errors import NonFiniteError
 from qdiff_fx.graph.edit import get_tensor, set_tensor
+from qdiff_fx.graph.meta import MERGED
 from qdiff_fx.graph.propagate import size_hint
 from qdiff_fx.graph.signature import CallSignature
 from qdiff_fx.graph.tokens import set_device
@@ -259,13 +260,24 @@ def compiled_graphs(lowered: fx.GraphModule) -> int:
     return len(graphs)
 
 
+def merged_call(lowered: fx.GraphModule, name: str) -> str | None:
+    """The call that a layer is a slice of, None if it is one of its own."""
+    (node,) = (item for item in lowered.graph.nodes if item.name == name)
+    return node.args[0].name if MERGED.get(node) else None
+
+
 def check_architecture(plan: fx.GraphModule, signature: CallSignature, shape: tuple[int, ...]) -> LoweringReport:
     lowered, report = lower(plan, "cuda", signature)
     layers = count(plan, "qdiff.conv2d") + count(plan, "qdiff.linear")
     kernels = count(lowered, "qdiff.cuda_")
-    kept = sum("predicted" in row.fallback and row.kernel.startswith("aten.") for row in report.rows)
+    calls = [merged_call(lowered, row.node) or row.node for row in report.rows]  # of merged layers, the one of all
+    kept = {
+        call
+        for call, row in zip(calls, report.rows, strict=True)
+        if "predicted" in row.fallback and row.kernel.startswith("aten.")
+    }
     attentions = count(plan, "qdiff.attention")
-    assert kernels + kept == layers + attentions
+    assert kernels + len(kept) == layers + attentions - (len(calls) - len(set(calls)))
     assert not count(lowered, "qdiff.conv2d") + count(lowered, "qdiff.linear") + count(lowered, "qdiff.quantize")
     assert not count(lowered, "aten.bitwise_xor")
     traced, launched = traced_on_fake_gpu(lowered)
@@ -275,8 +287,8 @@ def check_architecture(plan: fx.GraphModule, signature: CallSignature, shape: tu
     assert count(traced, "qdiff.") == count(traced, "qdiff.cuda_") == kernels
     assert traced_devices(traced) == {"cuda"}
     # A layer or attention on integers is one kernel, epilogue included; any other node launches none of ours.
-    for row in report.rows:
-        assert len(launched[row.node]) == (not row.kernel.startswith("aten.")), row
+    for call, row in zip(calls, report.rows, strict=True):
+        assert len(launched[call]) == (not row.kernel.startswith("aten.")), row
     assert sum(len(names) for names in launched.values()) == kernels
     return report
 

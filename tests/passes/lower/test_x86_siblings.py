@@ -13,7 +13,9 @@ from qdiff_fx.graph.edit import get_tensor, shared_copy
 from qdiff_fx.kernels import BACKENDS
 from qdiff_fx.lowering import lower
 from qdiff_fx.passes.base import PassContext
-from qdiff_fx.passes.lower.x86_siblings import MergeLinears, ShareQuantizeSteps, sibling_linears
+from qdiff_fx.passes.lower.integer_layers import sibling_linears
+from qdiff_fx.passes.lower.shared_steps import ShareQuantizeSteps
+from qdiff_fx.passes.lower.x86_siblings import MergeLinears
 
 qdiff = torch.ops.qdiff
 

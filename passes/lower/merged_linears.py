@@ -1,0 +1,115 @@
+"""Linears that read the same codes as one of all their outputs, weights as they are stored."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, fx
+
+from qdiff_fx.graph.edit import create_call, shape_of
+from qdiff_fx.graph.meta import MERGED
+from qdiff_fx.passes.base import GraphPass, PassContext, PassResult, finish
+from qdiff_fx.passes.lower.integer_layers import IntegerLayer, add_constant, sibling_linears, stored_tensor, value_like
+
+aten = torch.ops.aten
+qdiff = torch.ops.qdiff
+
+_CONSTANTS = ("weight", "weight_scale", "weight_zero_point", "channel_shift", "bias")
+
+
+class MergeStoredLinears(GraphPass):
+    """Linears that read the same codes become one qdiff.linear and a slice each: one launch, which fills more of a GPU.
+
+    That is q, k and v of a self-attention, k and v of all cross-attentions, the time projections of all blocks. Every
+    output channel keeps its scale and its zero point, so nothing is rounded otherwise.
+
+    Left alone: convolutions; linears whose constants are computed; 4-bit ones beside 8-bit ones, with other channel
+    shifts or an odd number of weights; everything where every layer's own result is wanted (`context.separate`).
+    """
+
+    def run(self, graph_module: fx.GraphModule, context: PassContext) -> PassResult:
+        rewrites: list[str] = []
+        for readers in [] if context.separate else sibling_linears(graph_module):
+            for group in _alike(readers, graph_module):
+                if len(group) > 1:
+                    _merge(group, graph_module)
+                    rewrites += [layer.node.name for layer in group]
+        if rewrites:
+            finish(graph_module)
+        return PassResult(name=self.name, modified=bool(rewrites), rewrites=tuple(rewrites))
+
+
+def _alike(layers: Sequence[IntegerLayer], graph_module: fx.GraphModule) -> list[list[IntegerLayer]]:
+    """Layers whose stored tensors can stand below each other."""
+    groups: list[tuple[tuple[bool, Tensor | None], list[IntegerLayer]]] = []
+    for layer in layers:
+        packed = layer.weight_zero_point is not None
+        shift = stored_tensor(graph_module, layer.channel_shift)
+        if packed and layer.weight_shape[0] * layer.weight_shape[1] % 2:  # the next one's codes would start in a byte
+            groups.append(((packed, shift), [layer]))
+            continue
+        for (other_packed, other_shift), group in groups:
+            if packed == other_packed and _equal(shift, other_shift):
+                group.append(layer)
+                break
+        else:
+            groups.append(((packed, shift), [layer]))
+    return [group for _, group in groups]
+
+
+def _equal(left: Tensor | None, right: Tensor | None) -> bool:
+    if left is None or right is None or left.is_meta:
+        return left is right
+    return torch.equal(left, right)
+
+
+def _merge(group: Sequence[IntegerLayer], graph_module: fx.GraphModule) -> None:
+    graph, first = graph_module.graph, group[0]
+    tensors = _stacked(group, graph_module)
+    shape = [sum(layer.weight_shape[0] for layer in group), first.weight_shape[1]]
+    value = first.node.meta["val"]
+    with graph.inserting_before(first.node):
+        constants = []
+        for name in _CONSTANTS:
+            tensor = tensors[name]
+            constant = (
+                None if tensor is None else add_constant(graph_module, f"{first.node.name}_merged_{name}", tensor)
+            )
+            if constant is not None and tensor is not None:
+                constant.meta["val"] = value_like(first.node, tensor)
+            constants.append(constant)
+        operands = (first.x, *constants, first.x_scale, first.x_zero_point, shape, first.output_dtype)
+        merged = graph.call_function(qdiff.linear.default, operands)
+        merged.meta["val"] = value.new_empty((*value.shape[:-1], shape[0]))
+        axis, start = len(shape_of(first.node) or ()) - 1, 0
+        for layer in group:
+            stop = start + layer.weight_shape[0]
+            part = create_call(graph, aten.slice.Tensor, (merged, axis, start, stop), like=layer.node)
+            for key, entry in layer.node.meta.items():
+                part.meta.setdefault(key, entry)
+            MERGED.set(part, len(group))
+            for user in layer.node.users:
+                if user.target is aten.view.default:  # a slice has gaps, which a view cannot always step over
+                    user.target = aten.reshape.default
+            layer.node.replace_all_uses_with(part)
+            start = stop
+    for layer in group:
+        graph.erase_node(layer.node)
+
+
+def _stacked(group: Sequence[IntegerLayer], graph_module: fx.GraphModule) -> dict[str, Tensor | None]:
+    """The stored tensors of all layers below each other; the shifts, which they share; biases only if one has any."""
+    stacked: dict[str, Tensor | None] = {"channel_shift": stored_tensor(graph_module, group[0].channel_shift)}
+    for name in ("weight", "weight_scale", "weight_zero_point", "bias"):
+        parts = [stored_tensor(graph_module, getattr(layer, name)) for layer in group]
+        first = next((item for item in parts if item is not None), None)
+        if first is None:
+            stacked[name] = None
+            continue
+        # Only a bias may be missing in some.
+        lengths = [layer.weight_shape[0] for layer in group]
+        stacked[name] = torch.cat(
+            [first.new_zeros(length) if item is None else item for item, length in zip(parts, lengths, strict=True)]
+        )
+    return stacked
