@@ -13,9 +13,9 @@ from qdiff_fx.passes.lower.integer_layers import IntegerLayer, IntegerLayerPass
 
 qdiff = torch.ops.qdiff
 
-PREDICTED_MARGIN = 0.75
+PREDICTED_MARGIN = 0.7
 """Without timings the carrier type must be predicted to take at most so much of the integers' time: the model is off by
-up to a quarter, and a layer on integers has the smaller weight."""
+about a quarter, and a layer on integers has the smaller weight."""
 
 
 class KeepSlowLayersInCarrier(IntegerLayerPass):

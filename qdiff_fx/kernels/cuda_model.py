@@ -20,8 +20,8 @@ CARRIER_SHARE, CARRIER_LAUNCH = 0.68, 5e-6
 CARRIER_CONV_SHARE, CARRIER_CONV_LAUNCH = 0.62, 11e-6
 """Likewise of its convolutions, by 33 layers of 3 x 3."""
 
-VENDOR_INTEGER_SHARE = 0.45
-"""Of the int8 peak: the vendor's int8 matmul, likewise."""
+VENDOR_INTEGER_SHARE, VENDOR_INTEGER_LAUNCH = 0.45, 10e-6
+"""Likewise of the int8 peak: the vendor's int8 matmul and the kernel that ends the layer."""
 
 QUANTIZE_LAUNCH = 2e-6
 """Seconds of a quantize step's kernel of its own beside its bytes."""
@@ -108,7 +108,7 @@ def integer_layer(work: LayerWork, gpu: Gpu) -> Estimate:
 def vendor_integer_layer(work: LayerWork, gpu: Gpu) -> Estimate:
     """A linear by torch._int_mm, whose int32 result another kernel reads."""
     moved = work.input_elements + work.weights + (2 * 4 + CARRIER_BYTES) * work.outputs
-    kernels = work.operations / (VENDOR_INTEGER_SHARE * gpu.int8_tops * 1e12) + CARRIER_LAUNCH
+    kernels = work.operations / (VENDOR_INTEGER_SHARE * gpu.int8_tops * 1e12) + VENDOR_INTEGER_LAUNCH
     kernels += (4 + CARRIER_BYTES) * work.outputs / (MEMORY_SHARE * gpu.bandwidth * 1e9)
     return _layer(work, gpu.int8_tops, moved, gpu, kernels)
 
