@@ -40,6 +40,7 @@ POINTWISE: dict[str, Any] = {"kernel": 1, "padding": 0}
 
 VARIANTS = (
     LayerVariant(name="W8 3x3, embedding", embedding=True),
+    LayerVariant(name="W8 3x3, embedding, residual, 640", channels=640, outputs=640, embedding=True, residual=True),
     LayerVariant(name="W8 3x3, residual, bf16", residual=True, carrier=BF16),
     LayerVariant(name="W8 3x3 stride 2, 640", stride=2, channels=640, outputs=640),
     LayerVariant(name="W8 3x3, 2 groups", groups=2),
@@ -50,6 +51,7 @@ VARIANTS = (
     LayerVariant(name="W8 1x1, fp32", carrier=FP32, **POINTWISE),
     LayerVariant(name="W4 3x3, shifts, embedding", packed=True, shifted=True, embedding=True),
     LayerVariant(name="W4 3x3, residual, bf16", packed=True, residual=True, carrier=BF16),
+    LayerVariant(name="W4 3x3, shifts, embedding, 640", packed=True, shifted=True, channels=640, embedding=True),
     LayerVariant(name="W4 3x3 stride 2, 640", packed=True, stride=2, channels=640, outputs=640),
     LayerVariant(name="W4 3x3, 2 groups, shifts", packed=True, shifted=True, groups=2),
     LayerVariant(name="W4 3x3, 5 channels, 4 outputs", packed=True, channels=5, outputs=4),
@@ -116,6 +118,7 @@ def _tiles(variant: LayerVariant, capability: Capability) -> tuple[Tile, ...]:
         taps=variant.kernel**2,
         groups=variant.groups,
         packed=variant.packed,
+        stride_one=variant.stride == 1,
     )
     return layer_tiles(product, GPUS[capability])
 

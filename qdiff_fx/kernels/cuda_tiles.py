@@ -18,8 +18,8 @@ from qdiff_fx.kernels.cuda_gpu import Capability, Gpu
 class _Costs:
     """What a kernel's time is made of on one multiprocessor, in cycles of the boost clock.
 
-    Fitted to the times of 64 layers of Stable Diffusion 1.5 and XL with up to 26 tiles each on an H100
-    (docs/decisions/044-copy-engine.md); other GPUs have their own peaks and are assumed to be alike otherwise.
+    Fitted to the times of 64 layers of Stable Diffusion 1.5 and XL with up to 35 tiles each on an H100
+    (docs/decisions/032-copy-engine.md); other GPUs have their own peaks and are assumed to be alike otherwise.
 
     Args:
       tensor_cores: share of their peak that a step reaches.
@@ -59,16 +59,16 @@ _BY_THREADS = _Costs(
 )
 _BY_DESCRIPTORS = _Costs(
     tensor_cores=0.79,
-    cache=48,
+    cache=51,
     latency=3150,
-    step=148,
-    block=2310,
-    element=0.16,
-    launch=130,
-    unpacking=1.27,
-    unpacked=0.46,
-    split=4680,
-    shared=3.3,
+    step=235,
+    block=2140,
+    element=0.19,
+    launch=280,
+    unpacking=1.18,
+    unpacked=0.54,
+    split=8450,
+    shared=3.0,
 )
 
 _REGISTERS = 65536
@@ -77,7 +77,7 @@ _REGISTERS = 65536
 _OTHER_REGISTERS = {False: 95, True: 60}
 """Of a thread, by whether it computes no addresses of loads."""
 
-_WORTH_TRYING = 2.0
+_WORTH_TRYING = 1.6
 """Times the best prediction: so far the predictions are trusted, further away a shape is not even timed."""
 
 
@@ -204,25 +204,23 @@ _HOPPER_PACKED = _tiles(
     (64, 128, 32, 4, 4),
     (64, 64, 64, 4, 3),
 )
-# What the copy engine fetches for; it knows no groups and no strides. Depths end where weight rows do, so that packed
-# weights of 320 channels, 160 bytes, need steps of 32.
+# What the copy engine fetches for; it knows no groups and no strides. Of equal predictions the first is taken.
 _HOPPER_DESCRIPTORS = _described(
     (128, 128, 128, 8, 3),
-    (128, 128, 128, 8, 4),
-    (256, 128, 128, 8, 3),
-    (128, 64, 128, 4, 4),
     (64, 128, 128, 4, 4),
+    (128, 64, 128, 4, 4),
     (64, 64, 128, 4, 6),
-    splits={(64, 64, 128, 4, 6): (2, 4, 8), (128, 64, 128, 4, 4): (2, 4)},
+    (256, 64, 128, 8, 4),
+    (128, 128, 128, 8, 4),
+    (128, 64, 64, 4, 6),
+    splits={(64, 64, 128, 4, 6): (2, 4)},
 )
 _HOPPER_PACKED_DESCRIPTORS = _described(
     (128, 128, 64, 8, 3),
-    (256, 64, 64, 4, 3),
     (128, 64, 64, 4, 4),
     (64, 128, 64, 4, 4),
     (64, 64, 64, 4, 6),
-    (128, 64, 32, 4, 6),
-    splits={(64, 64, 64, 4, 6): (2, 4, 8), (128, 64, 64, 4, 4): (2, 4)},
+    splits={(64, 64, 64, 4, 6): (2, 4, 8), (128, 64, 64, 4, 4): (2,)},
 )
 # tcgen05 leaves accumulators in its own memory, and everything else that a large epilogue holds in registers.
 _BLACKWELL = _tiles(
@@ -323,20 +321,19 @@ def attention_tiles(head: int, gpu: Gpu | None) -> tuple[AttentionTile, ...]:
 def layer_tiles(product: Product, gpu: Gpu) -> tuple[Tile, ...]:
     """The tiles of `gpu`'s tables that keep the layer's values in registers.
 
-    Those with descriptors, where the layer can have them; packed weights whose rows such steps do not divide keep the
-    others beside them. Packed weights of several groups, or of rows that cannot be read 16 bytes at a time, need more
-    registers for addresses and masks: the large tiles spill.
+    Those with descriptors, where the layer can have them: packed weights must end where a step does, since the other
+    half of the channels begins there. Packed weights of several groups, or of rows that cannot be read 16 bytes at a
+    time, need more registers for addresses and masks: the large tiles spill.
     """
+    if product.describable:
+        described = DESCRIPTOR_TILES.get(gpu.capability, {}).get(product.packed, ())
+        fitting = tuple(tile for tile in described if not product.packed or product.length % tile.depth == 0)
+        if fitting:
+            return fitting
     tiles = TILES[gpu.capability][product.packed]
-    described = DESCRIPTOR_TILES.get(gpu.capability, {}).get(product.packed, ()) if product.describable else ()
-    if not product.packed:
-        return described or tiles
-    fitting = tuple(tile for tile in described if product.length % tile.depth == 0)
-    if len(fitting) * 2 > len(described):
-        return fitting
-    if product.groups > 1 or product.depth % 32:
-        tiles = tuple(tile for tile in tiles if max(tile.rows, tile.outputs) <= 64)
-    return (*fitting, *tiles)
+    if product.packed and (product.groups > 1 or product.depth % 32):
+        return tuple(tile for tile in tiles if max(tile.rows, tile.outputs) <= 64)
+    return tiles
 
 
 def ranked_tiles(product: Product, gpu: Gpu) -> list[Tile]:
