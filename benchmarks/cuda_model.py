@@ -21,6 +21,7 @@ from qdiff_fx.kernels import cuda_model
 from qdiff_fx.kernels.cuda_gpu import GPUS
 from qdiff_fx.kernels.cuda_model import AttentionWork, LayerWork
 from qdiff_fx.passes.lower.cuda_attention import attention_work
+from qdiff_fx.passes.lower.cuda_carrier import PREDICTED_MARGIN
 from qdiff_fx.passes.lower.cuda_target import layer_work
 from qdiff_fx.passes.lower.integer_layers import integer_layer
 from qdiff_fx.safe_io import write_bytes, write_json
@@ -96,7 +97,8 @@ def page(results: Mapping[str, Any]) -> str:
         "# Performance model of the cuda backend",
         "",
         "Written by `python benchmarks/cuda_model.py sd15 sdxl --out docs/results-cuda-model.json`. Nothing here was",
-        "measured: until timings exist, lowering goes by it (docs/decisions/031-cuda-performance-model.md).",
+        "measured, but for the times that its constants are fitted to: until a layer is timed, lowering goes by it",
+        "(docs/decisions/031-cuda-performance-model.md).",
         "",
         "| GPU | int8, 10^12 op/s | fp16, 10^12 op/s | memory, GB/s | source |",
         "|---|---:|---:|---:|---|",
@@ -105,9 +107,10 @@ def page(results: Mapping[str, Any]) -> str:
         lines.append(f"| {gpu.name} | {gpu.int8_tops} | {gpu.fp16_tflops} | {gpu.bandwidth} | {gpu.source} |")
     lines += [
         "",
-        "`floor` is the longer of operations at the dense peak and bytes at the memory's bandwidth. `predicted`",
-        f"assumes {cuda_model.INTEGER_SHARE:.0%} of the int8 peak in Triton, {cuda_model.CARRIER_SHARE:.0%} of either",
-        f"peak in the vendor's kernels, {cuda_model.MEMORY_SHARE:.0%} of the bandwidth. An activation is read and an",
+        "`floor` is the longer of operations at the dense peak and bytes at the memory's bandwidth. `predicted` is",
+        "what the best block shape takes by its waves of blocks, in the carrier a constant and a share of the fp16",
+        f"peak: {cuda_model.CARRIER_SHARE:.0%} in matmuls, {cuda_model.CARRIER_CONV_SHARE:.0%} in convolutions; at",
+        f"least the bytes at {cuda_model.MEMORY_SHARE:.0%} of the bandwidth. An activation is read and an",
         "output written once; codes are written by the kernel before, except where that is another layer or an",
         "attention (`quantized alone`). Shapes are rows x outputs x depth.",
     ]
@@ -166,8 +169,9 @@ def page(results: Mapping[str, Any]) -> str:
 
 
 def _best(arms: Mapping[str, Any], arm: str) -> Any:
-    """What lowering runs for a layer of that arm: in fp16 where that is predicted to be faster."""
-    return arms["fp16"] if arms["fp16"]["predicted"] < arms[arm]["predicted"] else arms[arm]
+    """What lowering runs for a layer of that arm: in fp16 where that is clearly predicted to be faster."""
+    carrier = arms["fp16"]["predicted"] <= PREDICTED_MARGIN * arms[arm]["predicted"]
+    return arms["fp16"] if carrier else arms[arm]
 
 
 if __name__ == "__main__":

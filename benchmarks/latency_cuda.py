@@ -39,6 +39,7 @@ from qdiff_fx.autotune.timer import gpu_seconds, processor_seconds
 from qdiff_fx.kernels.cuda_gpu import GPUS, Gpu, gpu_for
 from qdiff_fx.kernels.cuda_model import LayerWork, integer_layer
 from qdiff_fx.kernels.cuda_tiles import Product
+from qdiff_fx.kernels.triton_kernels.launch import SMALLEST_INT_MM
 from qdiff_fx.safe_io import write_bytes, write_json
 
 CARRIER = torch.float16
@@ -53,7 +54,7 @@ MODES = ("max-autotune", "reduce-overhead")
 """Of torch.compile; both replay CUDA graphs, the first searches kernels for every matmul and convolution: minutes."""
 
 KERNELS: Mapping[str, str] = {
-    r"^implicit_gemm|^rescale": "integer layers",
+    r"^(implicit|image)_gemm|^rescale": "integer layers",
     r"^attention": "integer attention",
     r"flash|fmha|sdpa": "fp16 attention",
     r"^triton_(poi|red|per|for)": "elementwise and reductions",
@@ -64,18 +65,21 @@ KERNELS: Mapping[str, str] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("architectures", nargs="+", choices=list(ARCHITECTURES))
+    parser.add_argument("architectures", nargs="*", choices=[*ARCHITECTURES, []], help="none: only write the page anew")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS, help=f"{BASELINE!r} always runs")
     parser.add_argument("--mode", choices=MODES, default=MODES[0], help="of torch.compile, for every arm")
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, in Triton's interpreter")
     options = parser.parse_args()
+    results = json.loads(options.out.read_text()) if options.out.exists() else {}
+    if not options.architectures:
+        write_bytes(options.out.with_suffix(".md"), page(results).encode())
+        return
     wanted = "1" if options.rehearse else "0"
     if os.environ.get("TRITON_INTERPRET", "0") != wanted:  # read when the kernels are decorated
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"TRITON_INTERPRET": wanted})
     machine = Machine(rehearsal=options.rehearse, mode=options.mode)
-    results = json.loads(options.out.read_text()) if options.out.exists() else {}
     for name in options.architectures:
         torch.manual_seed(0)
         case = name if tuple(options.arms) == ARMS else f"{name}: {', '.join(options.arms)}"
@@ -150,7 +154,7 @@ def measure(name: str, machine: Machine, repeats: int, wanted: Sequence[str] = A
     unet = unet.to(CARRIER)
     makers: dict[str, Callable[[], Any]] = {
         BASELINE: lambda: unet.to(machine.device, memory_format=torch.channels_last),
-        TORCHAO: lambda: torchao_linears(unet, machine),
+        TORCHAO: lambda: torchao_linears(unet, inputs, machine),
     }
     for preset, folder in folders.items():
         for autotune in (False, True):
@@ -268,11 +272,34 @@ def load(folder: str, machine: Machine, *, autotune: bool) -> Any:
     return qdiff_fx.load(folder, backend="cuda", device=machine.device, autotune=autotune)
 
 
-def torchao_linears(unet: torch.nn.Module, machine: Machine) -> torch.nn.Module:
-    """A copy of `unet` with torchao's dynamic int8 on its linears."""
+def torchao_linears(unet: torch.nn.Module, inputs: Mapping[str, Any], machine: Machine) -> torch.nn.Module:
+    """A copy of `unet` with torchao's dynamic int8 on its linears, but for those of too few rows for torch._int_mm."""
     model = copy.deepcopy(unet).to(machine.device)
-    quantize_(model, Int8DynamicActivationInt8WeightConfig())
+    rows = linear_rows(model, inputs, machine)
+    quantize_(
+        model,
+        Int8DynamicActivationInt8WeightConfig(),
+        filter_fn=lambda module, name: rows.get(name, 0) >= SMALLEST_INT_MM,
+    )
     return model
+
+
+def linear_rows(model: torch.nn.Module, inputs: Mapping[str, Any], machine: Machine) -> dict[str, int]:
+    """Rows that each linear multiplies in one step, by its name."""
+    rows: dict[str, int] = {}
+
+    def note(name: str) -> Callable[..., None]:
+        def hook(module: torch.nn.Linear, _: Any, output: Tensor) -> None:
+            rows[name] = output.numel() // module.out_features
+
+        return hook
+
+    linears = [(name, module) for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    handles = [module.register_forward_hook(note(name)) for name, module in linears]
+    model(**inputs, timestep=torch.full((BATCH,), 500.0, device=machine.device), return_dict=False)
+    for handle in handles:
+        handle.remove()
+    return rows
 
 
 class Timer(fx.Interpreter):
@@ -375,7 +402,8 @@ def page(results: Mapping[str, Any]) -> str:
         "step, random weights, arms interleaved in one process, medians. Ours are loaded from a saved model,",
         "in an fp16 carrier; `autotuned` ones with kernels by timings, others by the performance model. Peak memory is",
         "that of one step with the arm's weights. A kernel's time is that of its replays in a CUDA graph.",
-        "SQNR is against compiled fp16 on one random input without calibration data.",
+        "SQNR is against compiled fp16 on one random input without calibration data. A heading with arms was measured",
+        "with `--arms`, each beside its own baseline; its last word is torch.compile's mode (`--mode`).",
     ]
     for name, case in results.items():
         heading = f"## {name}, batch {case['batch']}, on {case['device']}, torch {case['torch']}, {case['mode']}"

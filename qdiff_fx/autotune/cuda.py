@@ -82,8 +82,7 @@ def measure_layer(
 ) -> LayerTiming:
     """The layer's times on random operands; `clock` takes runs to their seconds, None is the device's own."""
     with torch.inference_mode():
-        runs = _conv2d_runs(size, kernels, device) if size.geometry is not None else _linear_runs(size, kernels, device)
-        return _fastest(size.key, *runs, clock or device_clock(device))
+        return _fastest(size.key, *layer_runs(size, kernels, device), clock or device_clock(device))
 
 
 def measure_attention(
@@ -126,6 +125,13 @@ def _fits(name: str, run: Run) -> bool:
 
 def _microseconds(seconds: float) -> float:
     return max(0.01, round(1e6 * seconds, 2))
+
+
+def layer_runs(
+    size: LayerSize, kernels: Mapping[str, tuple[str, Tile]], device: torch.device
+) -> tuple[dict[str, Run], Run]:
+    """Calls of a layer on random operands, to be timed: one by each of the kernels, and one in the carrier type."""
+    return (_linear_runs if size.geometry is None else _conv2d_runs)(size, kernels, device)
 
 
 def _conv2d_runs(

@@ -19,7 +19,7 @@ class _Costs:
     """What a kernel's time is made of on one multiprocessor, in cycles of the boost clock.
 
     Fitted to the times of 64 layers of Stable Diffusion 1.5 and XL with up to 35 tiles each on an H100
-    (docs/decisions/032-copy-engine.md); other GPUs have their own peaks and are assumed to be alike otherwise.
+    (docs/decisions/034-copy-engine.md); other GPUs have their own peaks and are assumed to be alike otherwise.
 
     Args:
       tensor_cores: share of their peak that a step reaches.
@@ -76,6 +76,9 @@ _REGISTERS = 65536
 
 _OTHER_REGISTERS = {False: 95, True: 60}
 """Of a thread, by whether it computes no addresses of loads."""
+
+_LONG_STEP = 128
+"""Bytes of int8 channels."""
 
 _WORTH_TRYING = 1.6
 """Times the best prediction: so far the predictions are trusted, further away a shape is not even timed."""
@@ -198,6 +201,7 @@ _HOPPER = _tiles(
     (64, 32, 128, 4, 3),
 )
 _HOPPER_PACKED = _tiles(
+    (128, 64, 64, 4, 4),
     (128, 128, 32, 8, 4),
     (128, 128, 64, 8, 3),
     (128, 64, 32, 4, 4),
@@ -231,12 +235,14 @@ _BLACKWELL = _tiles(
     (64, 32, 128, 4, 3),
 )
 
+_BLACKWELL_PACKED = _HOPPER_PACKED[1:]
+
 TILES: Mapping[Capability, Mapping[bool, tuple[Tile, ...]]] = {
     (8, 0): {False: _AMPERE, True: _AMPERE_PACKED},
     (8, 6): {False: _AMPERE, True: _CONSUMER_PACKED},
     (8, 9): {False: _AMPERE, True: _CONSUMER_PACKED},
     (9, 0): {False: _HOPPER, True: _HOPPER_PACKED},
-    (10, 0): {False: _BLACKWELL, True: _HOPPER_PACKED},
+    (10, 0): {False: _BLACKWELL, True: _BLACKWELL_PACKED},
 }
 """By capability, then by whether weights are packed. `layer_tiles` tells which of them a layer may have."""
 
@@ -322,12 +328,16 @@ def layer_tiles(product: Product, gpu: Gpu) -> tuple[Tile, ...]:
     """The tiles of `gpu`'s tables that keep the layer's values in registers.
 
     Those with descriptors, where the layer can have them: packed weights must end where a step does, since the other
-    half of the channels begins there. Packed weights of several groups, or of rows that cannot be read 16 bytes at a
+    half of the channels begins there; int8 ones take short steps only where long ones would reach past the channels.
+    Packed weights of several groups, or of rows that cannot be read 16 bytes at a
     time, need more registers for addresses and masks: the large tiles spill.
     """
     if product.describable:
         described = DESCRIPTOR_TILES.get(gpu.capability, {}).get(product.packed, ())
-        fitting = tuple(tile for tile in described if not product.packed or product.length % tile.depth == 0)
+        if product.packed:
+            fitting = tuple(tile for tile in described if product.length % tile.depth == 0)
+        else:
+            fitting = tuple(tile for tile in described if tile.depth >= _LONG_STEP or product.length % _LONG_STEP)
         if fitting:
             return fitting
     tiles = TILES[gpu.capability][product.packed]

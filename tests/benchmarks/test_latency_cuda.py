@@ -78,6 +78,38 @@ def test_an_arm_that_fails_costs_no_other_arm(tmp_path: Path, monkeypatch: pytes
     assert stop.value.code and json.loads(out.read_text())["tiny"]["errors"] and out.with_suffix(".md").exists()
 
 
+def test_kernels_of_a_profile_are_told_by_kind() -> None:
+    kinds = {
+        "image_gemm": "integer layers",
+        "rescale": "integer layers",
+        "attention": "integer attention",
+        "cudnn_generated_fort_native_sdpa_sm90_flash_fprop": "fp16 attention",
+        "triton_per_fused_native_group_norm_silu_12": "elementwise and reductions",
+        "triton_tem_fused_addmm_3": "fp16 and int32 matmuls, convolutions",
+        "nvjet_sm90_hsh_80x128_64x8_2x1_v_bz_TNN": "fp16 and int32 matmuls, convolutions",
+        "Memset (Unknown)": "others",
+    }
+    assert {name: latency_cuda.kernel_kind(name) for name in kinds} == kinds
+    table = latency_cuda.kernel_table({"w8a8": {"image_gemm": [193, 2e-3], "Memset (Unknown)": [3, 4e-6]}})
+    assert table[-1] == "| w8a8 | 2000 (193) | 0 (0) | 0 (0) | 0 (0) | 0 (0) | 4 (3) | 2004 |"
+
+
+def test_linears_of_few_rows_are_found_for_torchao() -> None:
+    network = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2))
+
+    class Step(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = network
+
+        def forward(self, sample: torch.Tensor, timestep: torch.Tensor, return_dict: bool) -> torch.Tensor:
+            result: torch.Tensor = self.network[1](self.network[0](sample))
+            return result
+
+    rows = latency_cuda.linear_rows(Step(), {"sample": torch.ones(3, 5, 4)}, latency_cuda.Machine(rehearsal=True))
+    assert rows == {"network.0": 15, "network.1": 15}
+
+
 def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": PATHS, "TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "benchmarks/latency_cuda.py", "tiny", "--out", str(tmp_path / "results.json")]

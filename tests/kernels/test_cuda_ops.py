@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import hypothesis.strategies as st
 import pytest
 import torch
@@ -44,6 +46,53 @@ def layers(draw: st.DrawFn, *, linear: bool = False) -> LayerCase:
         tile=draw(st.sampled_from([(32, 32, 32), (64, 32, 32), (16, 64, 64)])),
         seed=draw(st.integers(0, 99)),
     )
+
+
+@st.composite
+def described_layers(draw: st.DrawFn) -> LayerCase:
+    """Layers that the copy engine can fetch for: no stride, no groups, channels in whole 16 bytes."""
+    stored = draw(st.sampled_from(STORED))
+    kernel = draw(st.none() | PAIRS)
+    case = draw(layers(linear=kernel is None))
+    rows, outputs, depth = draw(st.sampled_from([(16, 32, 32), (32, 32, 32), (64, 16, 32), (32, 32, 64)]))
+    step = 16 if stored == "int8" else 2 * depth  # packed weights end where a step does
+    return replace(
+        case,
+        channels=step * draw(st.integers(1, 3)),
+        outputs=draw(st.integers(1, 40)),
+        kernel=None if kernel is None else case.kernel,
+        stride=(1, 1),
+        groups=1,
+        stored=stored,
+        embedding=kernel is not None and case.embedding,
+        tile=(rows, outputs, depth),
+        descriptors=True,
+        split=draw(st.integers(1, 4)),
+    )
+
+
+@settings(max_examples=40)
+@given(case=described_layers())
+def test_layers_by_descriptors_give_the_references_bits(case: LayerCase) -> None:
+    prepared = prepare_layer(case)
+    result = prepared.run()
+    assert result.dtype == prepared.wanted.dtype and torch.equal(result, prepared.wanted)
+
+
+def test_a_slice_of_merged_layers_is_an_embedding_as_it_is() -> None:
+    for descriptors in (False, True):
+        prepared = prepare_layer(LayerCase(channels=16, outputs=8, embedding=True, descriptors=descriptors))
+        names = [item.name for item in prepared.operator._schema.arguments]
+        embedding = dict(zip(names, prepared.arguments, strict=True))["embedding"]
+        whole = torch.cat([torch.ones(2, 3), embedding, torch.ones(2, 5)], dim=1)
+        assert torch.equal(prepared.run(embedding=whole[:, 3:11]), prepared.wanted)
+
+
+def test_an_input_at_an_odd_address_is_moved() -> None:
+    prepared = prepare_layer(LayerCase(kernel=None, channels=16, descriptors=True))
+    x = prepared.arguments[0]
+    odd = torch.empty(x.numel() + 1, dtype=x.dtype)[1:].view(x.shape).copy_(x)
+    assert odd.data_ptr() % 16 and torch.equal(prepared.run(x=odd), prepared.wanted)
 
 
 @settings(max_examples=40)

@@ -150,7 +150,7 @@ def test_packed_weights_halve_their_bytes_and_a_quantize_step_of_its_own_costs()
 def test_large_convolutions_win_on_integers_and_small_projections_of_another_layers_output_do_not() -> None:
     conv = LayerWork(product=Product(rows=8192, outputs=320, depth=320, taps=9), input_elements=8192 * 320)
     skip = LayerWork(
-        product=Product(rows=8192, outputs=320, depth=320), input_elements=8192 * 320, quantized_alone=True
+        product=Product(rows=8192, outputs=320, depth=1280), input_elements=8192 * 1280, quantized_alone=True
     )
     assert integer_layer(conv, H100).predicted < 0.8 * carrier_layer(conv, H100).predicted
     assert PREDICTED_MARGIN * integer_layer(skip, H100).predicted > carrier_layer(skip, H100).predicted

@@ -1,0 +1,46 @@
+"""The page of layers by block shape, from times that are there; taking them needs a GPU."""
+
+from __future__ import annotations
+
+import torch
+
+import cuda_tiles
+from qdiff_fx.autotune.layer_size import LayerSize
+
+
+def test_the_page_sums_what_every_layer_takes_with_its_fastest_tile() -> None:
+    rows = {
+        "a": {
+            "rows": 8192,
+            "weight": [640, 640, 3, 3],
+            "counts": {"sd15": 2, "sdxl": 1},
+            "microseconds": {"W8 small": 90.0, "W8 large": 80.0, "W4 large": 100.0, "fp16": 160.0},
+        },
+        "b": {
+            "rows": 2048,
+            "weight": [640, 640],
+            "counts": {"sd15": 10},
+            "microseconds": {"W8 small": 5.0, "W4 small": 8.0, "fp16": 6.0},
+        },
+    }
+    page = cuda_tiles.page({"device": "a GPU", "layers": rows})
+    assert "sd15: 12 layers of 2 sizes together 0.38 ms in fp16, 0.21 (1.81x) at W8A8, 0.28 (1.36x) at W4A8" in page
+    assert "| 8192 | 640x640x3x3 | 2, 1 | 160.0 | 80.0 | 2.00x | 38% | large | 100.0 | 1.60x | large |" in page
+    assert page.index("640x640x3x3") < page.index("| 2048 |"), "longest first"
+
+
+def test_a_layers_rows_follow_from_its_geometry() -> None:
+    conv = LayerSize(
+        x_shape=(2, 64, 17, 16),
+        weight_shapes=((96, 64, 3, 3),),
+        geometry=([2, 2], [1, 1], [1, 1], 1),
+        dtype=torch.float16,
+        quantized_alone=False,
+    )
+    product = cuda_tiles.product_of(conv, "int4")
+    assert (product.rows, product.taps, product.packed, product.stride_one) == (2 * 9 * 8, 9, True, False)
+    linear = LayerSize(
+        x_shape=(2, 77, 64), weight_shapes=((96, 64),), geometry=None, dtype=torch.float16, quantized_alone=False
+    )
+    product = cuda_tiles.product_of(linear, "int8")
+    assert (product.rows, product.outputs, product.depth, product.describable) == (154, 96, 64, True)
