@@ -28,7 +28,7 @@ class Kernel:
 
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch) -> dict[str, Kernel]:
-    found = {name: Kernel() for name in ("implicit_gemm", "rescale", "attention")}
+    found = {name: Kernel() for name in ("implicit_gemm", "image_gemm", "rescale", "attention")}
     for name, kernel in found.items():
         monkeypatch.setattr(launch, name, kernel)
     monkeypatch.setattr(launch, "interpreted", lambda: False)
@@ -66,6 +66,30 @@ def test_a_layer_is_one_launch(name: str, kernels: dict[str, Kernel]) -> None:
     assert result.dtype == prepared.wanted.dtype
     ((grid, _, options),) = kernels["implicit_gemm"].launches
     assert len(grid) <= 3 and options["enable_fp_fusion"] is False and not kernels["rescale"].launches
+
+
+@pytest.mark.filterwarnings(
+    "ignore:Accessing the data pointer of FakeTensor"
+)  # an address decides nothing that is seen
+@pytest.mark.parametrize("split", [1, 3])
+@pytest.mark.parametrize("name", ["conv", "linear"])
+def test_a_layer_by_descriptors_is_one_launch(name: str, split: int, kernels: dict[str, Kernel]) -> None:
+    case = LayerCase(channels=32, height=9, width=7, descriptors=True, split=split)
+    if name == "linear":
+        case = replace(case, kernel=None, height=40)
+    prepared = prepare_layer(case)
+    function = cuda_ops._linear if case.kernel is None else cuda_ops._conv2d
+    assert on_fake_gpu(function, prepared.arguments).shape == prepared.wanted.shape
+    ((grid, arguments, options),) = kernels["image_gemm"].launches
+    tiles = 5 if name == "conv" else 3  # of 32 pixels: 2 x 8 of both images of 9 x 7; of 80 rows
+    assert grid == (tiles, split) and options["enable_fp_fusion"] is False
+    described = arguments[0]
+    assert list(described.shape) == ([2, 9, 7, 32] if name == "conv" else [1, 1, 80, 32])
+    partial, arrived = arguments[11:13]
+    if split == 1:
+        assert partial is arrived is None
+    else:
+        assert len(arrived) == tiles and len(partial) - len(arrived) == prepared.wanted.numel()
 
 
 @pytest.mark.parametrize("rows", [3, 40])

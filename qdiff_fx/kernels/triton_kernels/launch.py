@@ -183,8 +183,8 @@ def _image_gemm(
     partial, arrived = None, None
     if split > 1:
         length = prod(sizes) * outputs
-        zeros = torch.zeros(length + grid[0], dtype=torch.int32, device=x.device)
-        partial, arrived = zeros, zeros[length:]
+        zeros = x.new_zeros(length + grid[0], dtype=torch.int32)
+        partial, arrived = zeros, zeros.narrow(0, length, grid[0])
     numbers: Any = (*sizes, _row_stride(embedding), *requantize, depth, outputs, *kernel, silu)
     with _stored(output) as buffer:
         image_gemm[grid](
