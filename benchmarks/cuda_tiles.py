@@ -4,7 +4,7 @@
 
 What `cuda_tiles.tile_cycles` and the shares of `cuda_model` are fitted to. Weights are random; kernels are timed in
 replayed CUDA graphs, weights read from memory, beside the vendor's kernel in fp16. The page is written beside the JSON
-as .md; rows already there are kept unless --again, and without architectures only the page is written.
+as .md; rows that have every tile are kept unless --again, and without architectures only the page is written.
 """
 
 from __future__ import annotations
@@ -44,21 +44,23 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--again", action="store_true", help="time again what the file holds already")
     options = parser.parse_args()
-    results = json.loads(options.out.read_text()) if options.out.exists() else {"device": None, "layers": {}}
+    results = json.loads(options.out.read_text()) if options.out.exists() else {"device": None}
     if options.architectures:
         if (reason := BACKENDS["cuda"].unavailable("cuda")) is not None:
             sys.exit(f"cuda_tiles.py: {reason}")
         device = f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
         if options.again or results["device"] != device:
-            results = {"device": device, "layers": {}}
+            results = {"device": device, "layers": {}, "counts": {}}
         sizes = counted_layers(options.architectures)
-        missing = {key: size for key, (size, _) in sizes.items() if key not in results["layers"]}
+        missing = {key: size for key, (size, _) in sizes.items() if not complete(results["layers"].get(key), size)}
         compile_ahead(list(missing.values()))
         for key, size in tqdm(missing.items(), desc="timing", unit="layers", disable=None):
-            results["layers"][key] = timed(size)
+            results["layers"][key] = {"counts": {}, **results["layers"].get(key, {}), **timed(size)}
             write_json(options.out, results)
         for key, (_, counts) in sizes.items():
-            results["layers"][key]["counts"] = counts
+            results["layers"][key]["counts"].update(counts)
+        for name in options.architectures:
+            results["counts"][name] = sum(counts.get(name, 0) for _, counts in sizes.values())
         write_json(options.out, results)
     write_bytes(options.out.with_suffix(".md"), page(results).encode())
 
@@ -100,6 +102,13 @@ def choices(size: LayerSize) -> Iterator[tuple[str, Tile]]:
     for weights in WEIGHTS:
         for tile in layer_tiles(product_of(size, weights), gpu):
             yield weights, tile
+
+
+def complete(row: Mapping[str, Any] | None, size: LayerSize) -> bool:
+    """Whether a row has the times of all tiles that the tables have now."""
+    return row is not None and all(
+        f"{WEIGHTS[weights]} {tile}" in row["microseconds"] for weights, tile in choices(size)
+    )
 
 
 def compile_ahead(sizes: Sequence[LayerSize]) -> None:
@@ -157,8 +166,9 @@ def page(results: Mapping[str, Any]) -> str:
             ours = ", ".join(
                 f"{sums[kind] / 1e3:.2f} ({sums[VENDOR] / sums[kind]:.2f}x) at {kind}A8" for kind in ("W8", "W4")
             )
+            timed_layers = sum(row["counts"][name] for row in own)
             lines.append(
-                f"- {name}: {sum(row['counts'][name] for row in own)} layers of {len(own)} sizes together "
+                f"- {name}: {timed_layers} of {results['counts'][name]} layers, {len(own)} sizes, together "
                 f"{sums[VENDOR] / 1e3:.2f} ms in fp16, {ours}, each with its fastest tile."
             )
     lines += [

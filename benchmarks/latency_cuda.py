@@ -80,13 +80,15 @@ def main() -> None:
     if os.environ.get("TRITON_INTERPRET", "0") != wanted:  # read when the kernels are decorated
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"TRITON_INTERPRET": wanted})
     machine = Machine(rehearsal=options.rehearse, mode=options.mode)
+    failed = False
     for name in options.architectures:
         torch.manual_seed(0)
         case = name if tuple(options.arms) == ARMS else f"{name}: {', '.join(options.arms)}"
         results[case] = measure(name, machine, options.repeats, options.arms)
+        failed = failed or bool(results[case]["errors"])
         write_json(options.out, results)
         write_bytes(options.out.with_suffix(".md"), page(results).encode())
-    sys.exit(any(case["errors"] for case in results.values()))
+    sys.exit(failed)
 
 
 class Machine:

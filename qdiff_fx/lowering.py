@@ -13,7 +13,7 @@ from qdiff_fx.autotune import TUNERS, Timings, choose
 from qdiff_fx.calibration.progress import named_steps
 from qdiff_fx.config import QDiffConfig
 from qdiff_fx.errors import InputError
-from qdiff_fx.graph.edit import LAYER_OPERATORS, get_tensor, pruned, shared_copy, stored_bytes
+from qdiff_fx.graph.edit import LAYER_OPERATORS, delete_tensor, get_tensor, shared_copy, stored_bytes
 from qdiff_fx.graph.meta import (
     ATTENTION,
     FALLBACK,
@@ -162,13 +162,21 @@ def lower(
         context.carrier_layers, context.kernels, timings = choices.carrier, choices.kernels, choices.timings
     with named_steps(f"lower to {backend}", total=len(LOWER[backend]), progress=progress) as begin:
         run_passes(LOWER[backend], lowered, context, begin)
-    lowered = pruned(lowered)  # of constants that one pass made for another
+    _drop_unread(lowered)
     return lowered, LoweringReport(
         backend=backend,
         rows=tuple(_rows(lowered)),
         extra_quantize_steps=_extra_quantize_steps(plan),
         timings=timings or {},
     )
+
+
+def _drop_unread(lowered: fx.GraphModule) -> None:
+    """Take out tensors that no node reads: what the plan alone reads, and constants that one pass made for another."""
+    read = {str(node.target) for node in lowered.graph.nodes if node.op == "get_attr"}
+    held = (lowered.named_parameters(remove_duplicate=False), lowered.named_buffers(remove_duplicate=False))
+    for name in [name for tensors in held for name, _ in tensors if name not in read]:
+        delete_tensor(lowered, name)
 
 
 def offload(plan: fx.GraphModule, lowered: fx.GraphModule, move: Callable[[Tensor], Tensor] = Tensor.cpu) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 
 import torch
 from torch import Tensor, fx
@@ -31,7 +32,7 @@ class MergeStoredLinears(GraphPass):
     def run(self, graph_module: fx.GraphModule, context: PassContext) -> PassResult:
         rewrites: list[str] = []
         for readers in [] if context.separate else sibling_linears(graph_module):
-            for group in _alike(readers, graph_module):
+            for group in alike(readers, graph_module):
                 if len(group) > 1:
                     _merge(group, graph_module)
                     rewrites += [layer.node.name for layer in group]
@@ -40,28 +41,33 @@ class MergeStoredLinears(GraphPass):
         return PassResult(name=self.name, modified=bool(rewrites), rewrites=tuple(rewrites))
 
 
-def _alike(layers: Sequence[IntegerLayer], graph_module: fx.GraphModule) -> list[list[IntegerLayer]]:
+def alike(layers: Sequence[IntegerLayer], graph_module: fx.GraphModule) -> list[list[IntegerLayer]]:
     """Layers whose stored tensors can stand below each other."""
-    groups: list[tuple[tuple[bool, Tensor | None], list[IntegerLayer]]] = []
+    groups: list[list[IntegerLayer]] = []
+    apart: list[list[IntegerLayer]] = []
     for layer in layers:
-        packed = layer.weight_zero_point is not None
-        shift = stored_tensor(graph_module, layer.channel_shift)
-        if packed and layer.weight_shape[0] * layer.weight_shape[1] % 2:  # the next one's codes would start in a byte
-            groups.append(((packed, shift), [layer]))
+        if layer.weight_zero_point is not None and prod(layer.weight_shape) % 2:
+            apart.append([layer])  # the codes of the next one would start within a byte
             continue
-        for (other_packed, other_shift), group in groups:
-            if packed == other_packed and _equal(shift, other_shift):
+        for group in groups:
+            if _stored_alike(layer, group[0], graph_module):
                 group.append(layer)
                 break
         else:
-            groups.append(((packed, shift), [layer]))
-    return [group for _, group in groups]
+            groups.append([layer])
+    return groups + apart
 
 
-def _equal(left: Tensor | None, right: Tensor | None) -> bool:
-    if left is None or right is None or left.is_meta:
-        return left is right
-    return torch.equal(left, right)
+def _stored_alike(left: IntegerLayer, right: IntegerLayer, graph_module: fx.GraphModule) -> bool:
+    """Whether both are packed, or both not, with the same channel shifts; abstract ones are the same by name only."""
+    if (left.weight_zero_point is None) != (right.weight_zero_point is None):
+        return False
+    shifts = [stored_tensor(graph_module, layer.channel_shift) for layer in (left, right)]
+    if shifts[0] is None or shifts[1] is None:
+        return shifts[0] is shifts[1]
+    if shifts[0].is_meta:
+        return left.channel_shift is right.channel_shift
+    return torch.equal(shifts[0], shifts[1])
 
 
 def _merge(group: Sequence[IntegerLayer], graph_module: fx.GraphModule) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from math import ceil, prod
 
 from qdiff_fx.kernels.cuda_gpu import Capability, Gpu
@@ -259,14 +260,22 @@ def interpreter_tile(product: Product) -> Tile:
     return Tile(rows=rows, outputs=outputs, depth=depth, warps=4, stages=1)
 
 
+@cache
 def pixel_block(rows: int, images: int, height: int, width: int) -> tuple[int, int, int]:
     """`rows` output pixels as images x height x width, powers of two, with the fewest outside; wide, then tall.
+
+    Of several images only where each is whole in the block.
 
     Args:
       images, height, width: of the output.
     """
     powers = [2**exponent for exponent in reversed(range(rows.bit_length()))]
-    blocks = [(rows // (tall * wide), tall, wide) for wide in powers for tall in powers if tall * wide <= rows]
+    blocks = [
+        (rows // (tall * wide), tall, wide)
+        for wide in powers
+        for tall in powers
+        if tall * wide == rows or (tall * wide < rows and tall >= height and wide >= width)
+    ]
     sizes = (images, height, width)
     return min(
         blocks, key=lambda block: prod(ceil(size / part) * part for size, part in zip(sizes, block, strict=True))

@@ -23,8 +23,10 @@ def test_the_page_sums_what_every_layer_takes_with_its_fastest_tile() -> None:
             "microseconds": {"W8 small": 5.0, "W4 small": 8.0, "fp16": 6.0},
         },
     }
-    page = cuda_tiles.page({"device": "a GPU", "layers": rows})
-    assert "sd15: 12 layers of 2 sizes together 0.38 ms in fp16, 0.21 (1.81x) at W8A8, 0.28 (1.36x) at W4A8" in page
+    page = cuda_tiles.page({"device": "a GPU", "layers": rows, "counts": {"sd15": 13, "sdxl": 1}})
+    assert (
+        "sd15: 12 of 13 layers, 2 sizes, together 0.38 ms in fp16, 0.21 (1.81x) at W8A8, 0.28 (1.36x) at W4A8" in page
+    )
     assert "| 8192 | 640x640x3x3 | 2, 1 | 160.0 | 80.0 | 2.00x | 38% | large | 100.0 | 1.60x | large |" in page
     assert page.index("640x640x3x3") < page.index("| 2048 |"), "longest first"
 

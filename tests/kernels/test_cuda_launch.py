@@ -81,7 +81,7 @@ def test_a_layer_by_descriptors_is_one_launch(name: str, split: int, kernels: di
     function = cuda_ops._linear if case.kernel is None else cuda_ops._conv2d
     assert on_fake_gpu(function, prepared.arguments).shape == prepared.wanted.shape
     ((grid, arguments, options),) = kernels["image_gemm"].launches
-    tiles = 5 if name == "conv" else 3  # of 32 pixels: 2 x 8 of both images of 9 x 7; of 80 rows
+    tiles = 6 if name == "conv" else 3  # of 32 pixels: 4 x 8 of two images of 9 x 7; of 80 rows
     assert grid == (tiles, split) and options["enable_fp_fusion"] is False
     described = arguments[0]
     assert list(described.shape) == ([2, 9, 7, 32] if name == "conv" else [1, 1, 80, 32])

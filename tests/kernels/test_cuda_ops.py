@@ -88,6 +88,12 @@ def test_a_slice_of_merged_layers_is_an_embedding_as_it_is() -> None:
         assert torch.equal(prepared.run(embedding=whole[:, 3:11]), prepared.wanted)
 
 
+def test_an_image_of_one_pixel_has_the_strides_of_its_shape() -> None:
+    prepared = prepare_layer(LayerCase(channels=32, height=1, width=1, descriptors=True))
+    assert prepared.arguments[0].stride() != (32, 1, 32, 32)
+    assert torch.equal(prepared.run(), prepared.wanted)
+
+
 def test_an_input_at_an_odd_address_is_moved() -> None:
     prepared = prepare_layer(LayerCase(kernel=None, channels=16, descriptors=True))
     x = prepared.arguments[0]

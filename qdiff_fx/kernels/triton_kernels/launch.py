@@ -188,8 +188,8 @@ def _image_gemm(
     numbers: Any = (*sizes, _row_stride(embedding), *requantize, depth, outputs, *kernel, silu)
     with _stored(output) as buffer:
         image_gemm[grid](
-            TensorDescriptor.from_tensor(_aligned(x), [*pixels, block_k]),
-            TensorDescriptor.from_tensor(_aligned(weight), [block_n, block_k]),
+            _described(x, [*pixels, block_k]),
+            _described(weight, [block_n, block_k]),
             *(scale, correction, zero_point, shift, bias, embedding, residual, inv_scale),
             buffer,
             *(partial, arrived),
@@ -212,9 +212,12 @@ def _row_stride(embedding: Tensor | None) -> int:
     return 0 if embedding is None else embedding.stride(0)
 
 
-def _aligned(tensor: Tensor) -> Tensor:
-    """Itself, or a copy where it starts at an address that the copy engine does not take."""
-    return tensor.clone() if tensor.data_ptr() % 16 else tensor
+def _described(tensor: Tensor, block: list[int]) -> TensorDescriptor:
+    """What the copy engine is told of a contiguous tensor, or of a copy where its address is no multiple of 16."""
+    if tensor.data_ptr() % 16:
+        tensor = tensor.clone()
+    # A contiguous tensor has any stride where its size is 1; flattened and seen again it has those of its shape.
+    return TensorDescriptor.from_tensor(tensor.reshape(-1).view(tensor.shape), block)
 
 
 def int_mm_linear(

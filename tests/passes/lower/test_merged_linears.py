@@ -6,15 +6,15 @@ import copy
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import qdiff_fx
 from qdiff_fx.graph.edit import get_tensor
 from qdiff_fx.graph.meta import MERGED
 from qdiff_fx.lowering import lower
 from qdiff_fx.passes.base import PassContext, run_passes
-from qdiff_fx.passes.lower.integer_layers import integer_layer
-from qdiff_fx.passes.lower.merged_linears import MergeStoredLinears
+from qdiff_fx.passes.lower.integer_layers import IntegerLayer, integer_layer
+from qdiff_fx.passes.lower.merged_linears import MergeStoredLinears, alike
 from qdiff_fx.passes.lower.shared_steps import ShareQuantizeSteps
 from subjects import signal_to_noise
 
@@ -73,6 +73,33 @@ def test_where_every_result_is_asked_for_nothing_is_merged() -> None:
     context = PassContext(config=qdiff_fx.QDiffConfig(), signature=model.signature, separate=True)
     _, merged = run_passes((ShareQuantizeSteps(), MergeStoredLinears()), plan, context)
     assert not merged.modified
+
+
+def test_layers_that_cannot_stand_below_each_other_stay_apart() -> None:
+    """An odd number of 4-bit codes ends within a byte, and packed rows have other zero points than int8 ones."""
+    graph = fx.Graph()
+    x, zero_point = graph.placeholder("x"), graph.placeholder("zero_point")
+    module = fx.GraphModule(nn.Module(), graph)
+
+    def layer(outputs: int, depth: int, *, packed: bool = True) -> IntegerLayer:
+        return IntegerLayer(
+            node=x,
+            x=x,
+            weight=x,
+            weight_scale=x,
+            weight_zero_point=zero_point if packed else None,
+            channel_shift=None,
+            bias=None,
+            x_scale=1.0,
+            x_zero_point=0,
+            weight_shape=[outputs, depth],
+            output_dtype=torch.float32,
+        )
+
+    odd, even, wide, whole = layer(9, 5), layer(4, 5), layer(6, 5), layer(9, 5, packed=False)
+    for order in ([odd, even, wide, whole], [even, odd, whole, wide]):
+        groups = alike(order, module)
+        assert [odd] in groups and [whole] in groups and [even, wide] in groups
 
 
 def test_a_lowered_network_runs_them_at_once_and_reports_each() -> None:
