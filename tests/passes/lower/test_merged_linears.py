@@ -79,6 +79,7 @@ def test_layers_that_cannot_stand_below_each_other_stay_apart() -> None:
     """An odd number of 4-bit codes ends within a byte, and packed rows have other zero points than int8 ones."""
     graph = fx.Graph()
     x, zero_point = graph.placeholder("x"), graph.placeholder("zero_point")
+    graph.output(x)
     module = fx.GraphModule(nn.Module(), graph)
 
     def layer(outputs: int, depth: int, *, packed: bool = True) -> IntegerLayer:
