@@ -112,6 +112,7 @@ def compile_layer(variant: LayerVariant, tile: Tile, capability: Capability) -> 
         **{f"STRIDE_{axis}": variant.stride for axis in "HW"},
         **{f"PADDING_{axis}": variant.padding for axis in "HW"},
         **{f"DILATION_{axis}": 1 for axis in "HW"},
+        "EMBEDDING_STRIDE": 3 * variant.outputs if variant.embedding else 0,
         "SILU": variant.silu,
         "NATIVE": True,
         "BLOCK_M": tile.rows,

@@ -38,7 +38,7 @@ def finish_tile(
     scale,
     bias,
     embedding,
-    embedding_stride,
+    EMBEDDING_STRIDE: tl.constexpr,
     residual,
     inv_scale,
     output,
@@ -58,7 +58,7 @@ def finish_tile(
       column, inside: [N] output channels, and which of them exist.
       embedding_row: [M], the batch entry of a row.
       scale, bias, inv_scale: float32 [OUTPUTS]; embedding: [B, OUTPUTS], its rows
-        embedding_stride apart; residual: [rows, OUTPUTS]; None to leave out.
+        EMBEDDING_STRIDE apart; residual: [rows, OUTPUTS]; None to leave out.
     """
     start = first_row.to(tl.int64) * OUTPUTS
     offset = local_row[:, None] * OUTPUTS + column[None, :]
@@ -67,7 +67,7 @@ def finish_tile(
     if bias is not None:
         value = value + tl.load(bias + column, mask=inside, other=0.0)[None, :]
     if embedding is not None:
-        entry = embedding + embedding_row[:, None] * embedding_stride + column[None, :]
+        entry = embedding + embedding_row[:, None] * EMBEDDING_STRIDE + column[None, :]
         value = value + tl.load(entry, mask=inside[None, :], other=0.0).to(tl.float32)
     if residual is not None:
         value = value + tl.load(residual + start + offset, mask=valid, other=0.0).to(tl.float32)

@@ -135,7 +135,7 @@ def _gemm(
     outputs, groups = geometry[1:3]
     grid = (triton.cdiv(sizes[0], block_m) * triton.cdiv(outputs // groups, block_n) * groups,)
     operands = (x, weight, scale, correction, zero_point, shift, bias, embedding, residual, inv_scale)
-    numbers: Any = (*sizes, _row_stride(embedding), *requantize, *geometry, silu)
+    numbers: Any = (*sizes, *requantize, *geometry, _row_stride(embedding), silu)
     if not grid[0]:
         return
     with _stored(output) as buffer:
@@ -185,7 +185,7 @@ def _image_gemm(
         length = prod(sizes) * outputs
         zeros = x.new_zeros(length + grid[0], dtype=torch.int32)
         partial, arrived = zeros, zeros.narrow(0, length, grid[0])
-    numbers: Any = (*sizes, _row_stride(embedding), *requantize, depth, outputs, *kernel, silu)
+    numbers: Any = (*sizes, *requantize, depth, outputs, *kernel, _row_stride(embedding), silu)
     with _stored(output) as buffer:
         image_gemm[grid](
             _described(x, [*pixels, block_k]),
