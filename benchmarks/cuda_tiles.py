@@ -16,7 +16,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from qdiff_fx.autotune.timer import gpu_kernel_seconds
 from qdiff_fx.kernels import BACKENDS
 from qdiff_fx.kernels.cuda_gpu import GPUS, gpu_for
 from qdiff_fx.kernels.cuda_tiles import Product, Tile, layer_tiles
+from qdiff_fx.passes.lower.cuda_target import layer_work
 from qdiff_fx.passes.lower.integer_layers import integer_layer
 from qdiff_fx.safe_io import write_bytes, write_json
 
@@ -45,75 +46,71 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="time again what the file holds already")
     options = parser.parse_args()
     results = json.loads(options.out.read_text()) if options.out.exists() else {"device": None}
+    if not options.architectures and "layers" not in results:
+        parser.error(f"{options.out} holds nothing yet: name an architecture")
     if options.architectures:
         if (reason := BACKENDS["cuda"].unavailable("cuda")) is not None:
             sys.exit(f"cuda_tiles.py: {reason}")
         device = f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
         if options.again or results["device"] != device:
             results = {"device": device, "layers": {}, "counts": {}}
-        sizes = counted_layers(options.architectures)
-        missing = {key: size for key, (size, _) in sizes.items() if not complete(results["layers"].get(key), size)}
-        compile_ahead(list(missing.values()))
-        for key, size in tqdm(missing.items(), desc="timing", unit="layers", disable=None):
-            results["layers"][key] = {"counts": {}, **results["layers"].get(key, {}), **timed(size)}
-            write_json(options.out, results)
-        for key, (_, counts) in sizes.items():
-            results["layers"][key]["counts"].update(counts)
+        layers = counted_layers(options.architectures)
         for name in options.architectures:
-            results["counts"][name] = sum(counts.get(name, 0) for _, counts in sizes.values())
+            results["counts"][name] = sum(layer.counts.get(name, 0) for layer in layers.values())
+        missing = {key: layer for key, layer in layers.items() if not complete(results["layers"].get(key), layer)}
+        for key in layers.keys() - missing.keys():
+            results["layers"][key]["counts"].update(layers[key].counts)
+        compile_ahead(list(missing.values()))
+        for key, layer in tqdm(missing.items(), desc="timing", unit="layers", disable=None):
+            counts = results["layers"].get(key, {}).get("counts", {}) | layer.counts
+            results["layers"][key] = {"counts": counts, **timed(layer)}
+            write_json(options.out, results)
+        results.pop("remark", None)
         write_json(options.out, results)
     write_bytes(options.out.with_suffix(".md"), page(results).encode())
 
 
-def counted_layers(architectures: Sequence[str]) -> dict[str, tuple[LayerSize, dict[str, int]]]:
-    """Distinct layers of the architectures, and how often each has them."""
-    found: dict[str, tuple[LayerSize, dict[str, int]]] = {}
+@dataclass(frozen=True, kw_only=True)
+class CountedLayer:
+    """A layer's size, the same as a product with int8 weights, and how often each architecture has it."""
+
+    size: LayerSize
+    product: Product
+    counts: dict[str, int]
+
+
+def counted_layers(architectures: Sequence[str]) -> dict[str, CountedLayer]:
+    """Distinct layers of the architectures by the key of their size."""
+    found: dict[str, CountedLayer] = {}
     for name in architectures:
         plan, _ = abstract_plan(name, "w8a8")
         for node in plan.graph.nodes:
             if (layer := integer_layer(node)) is not None:
                 size = replace(layer_size([layer]), quantized_alone=False)
-                counts = found.setdefault(size.key, (size, {}))[1]
+                product = replace(layer_work(layer).product, packed=False)
+                counts = found.setdefault(size.key, CountedLayer(size=size, product=product, counts={})).counts
                 counts[name] = counts.get(name, 0) + 1
     return found
 
 
-def product_of(size: LayerSize, weights: str) -> Product:
-    outputs, depth, *kernel = size.weight_shapes[0]
-    stride, groups, rows = [1, 1], 1, prod(size.x_shape[:-1])
-    if size.geometry is not None:
-        stride, padding, dilation, groups = size.geometry
-        extents = zip(size.x_shape[2:], kernel, stride, padding, dilation, strict=True)
-        rows = size.x_shape[0] * prod((x + 2 * p - d * (k - 1) - 1) // s + 1 for x, k, s, p, d in extents)
-    return Product(
-        rows=rows,
-        outputs=outputs // groups,
-        depth=depth,
-        taps=prod(kernel),
-        groups=groups,
-        packed=weights == "int4",
-        stride_one=set(stride) == {1},
-    )
-
-
-def choices(size: LayerSize) -> Iterator[tuple[str, Tile]]:
+def choices(product: Product) -> Iterator[tuple[str, Tile]]:
     """Every way to store the weights with every tile that such a layer may have."""
     gpu = gpu_for(torch.cuda.get_device_capability())
     for weights in WEIGHTS:
-        for tile in layer_tiles(product_of(size, weights), gpu):
+        for tile in layer_tiles(replace(product, packed=weights == "int4"), gpu):
             yield weights, tile
 
 
-def complete(row: Mapping[str, Any] | None, size: LayerSize) -> bool:
+def complete(row: Mapping[str, Any] | None, layer: CountedLayer) -> bool:
     """Whether a row has the times of all tiles that the tables have now."""
     return row is not None and all(
-        f"{WEIGHTS[weights]} {tile}" in row["microseconds"] for weights, tile in choices(size)
+        f"{WEIGHTS[weights]} {tile}" in row["microseconds"] for weights, tile in choices(layer.product)
     )
 
 
-def compile_ahead(sizes: Sequence[LayerSize]) -> None:
+def compile_ahead(layers: Sequence[CountedLayer]) -> None:
     """Fill Triton's cache by one process a core: compiling one kernel after another would take the longest."""
-    jobs = [(size, *choice) for size in sizes for choice in choices(size)]
+    jobs = [(layer.size, *choice) for layer in layers for choice in choices(layer.product)]
     workers = max(1, len(os.sched_getaffinity(0)) - 1)
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         list(tqdm(pool.map(run_once, jobs, chunksize=4), total=len(jobs), desc="compiling", disable=None))
@@ -127,21 +124,20 @@ def run_once(job: tuple[LayerSize, str, Tile]) -> None:
         torch.cuda.synchronize()
 
 
-def timed(size: LayerSize) -> dict[str, Any]:
+def timed(layer: CountedLayer) -> dict[str, Any]:
     device = torch.device("cuda")
     names, runs = [], []
     carrier = None
     with torch.inference_mode():
-        for weights, tile in choices(size):
-            found, carrier = layer_runs(replace(size, weights=weights), {"it": ("triton", tile)}, device)
+        for weights, tile in choices(layer.product):
+            found, carrier = layer_runs(replace(layer.size, weights=weights), {"it": ("triton", tile)}, device)
             names.append(f"{WEIGHTS[weights]} {tile}")
             runs.append(found["it"])
         assert carrier is not None
         seconds = gpu_kernel_seconds([*runs, carrier])
-    product = product_of(size, "int8")
     return {
-        "rows": product.rows,
-        "weight": list(size.weight_shapes[0]),
+        "rows": layer.product.rows,
+        "weight": list(layer.size.weight_shapes[0]),
         "microseconds": {name: round(1e6 * value, 2) for name, value in zip([*names, VENDOR], seconds, strict=True)},
     }
 
@@ -154,6 +150,7 @@ def page(results: Mapping[str, Any]) -> str:
         f"Diffusion 1.5 (64 x 64 latents) and XL (128 x 128), batch 2, on {results['device']}. us of one kernel, bias",
         "added, fp16 out; the vendor's is PyTorch's convolution or linear in fp16. `of the peak` is the share of an",
         "H100's int8 peak. Shapes of a tile are rows x outputs x depth.",
+        *([results["remark"]] if "remark" in results else []),
         "",
     ]
     rows = sorted(results["layers"].values(), key=lambda row: -_total(row, VENDOR))

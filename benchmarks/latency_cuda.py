@@ -16,7 +16,6 @@ import copy
 import gc
 import json
 import os
-import re
 import sys
 import tempfile
 import time
@@ -34,6 +33,7 @@ from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize
 
 import qdiff_fx
 from architectures import ARCHITECTURES, BATCH
+from latency_cuda_page import BASELINE, page
 from qdiff_fx.autotune.cuda import device_clock
 from qdiff_fx.autotune.timer import gpu_seconds, processor_seconds
 from qdiff_fx.kernels.cuda_gpu import GPUS, Gpu, gpu_for
@@ -43,7 +43,6 @@ from qdiff_fx.kernels.triton_kernels.launch import SMALLEST_INT_MM
 from qdiff_fx.safe_io import write_bytes, write_json
 
 CARRIER = torch.float16
-BASELINE = "fp16 compile"
 TORCHAO = "torchao int8 dynamic"
 PRESETS = ("w8a8", "w4a8")
 AUTOTUNED = ", autotuned"
@@ -52,15 +51,6 @@ ARMS = (BASELINE, TORCHAO, *(preset + tuned for preset in PRESETS for tuned in (
 
 MODES = ("max-autotune", "reduce-overhead")
 """Of torch.compile; both replay CUDA graphs, the first searches kernels for every matmul and convolution: minutes."""
-
-KERNELS: Mapping[str, str] = {
-    r"^(implicit|image)_gemm|^rescale": "integer layers",
-    r"^attention": "integer attention",
-    r"flash|fmha|sdpa": "fp16 attention",
-    r"^triton_(poi|red|per|for)": "elementwise and reductions",
-    r"^triton_tem|gemm|conv|xmma|cutlass|nvjet|cudnn|splitK": "fp16 and int32 matmuls, convolutions",
-}
-"""What a kernel is, by the first pattern that its name matches; the others are "others"."""
 
 
 def main() -> None:
@@ -74,6 +64,8 @@ def main() -> None:
     options = parser.parse_args()
     results = json.loads(options.out.read_text()) if options.out.exists() else {}
     if not options.architectures:
+        if not results:
+            parser.error(f"{options.out} holds nothing yet: name an architecture")
         write_bytes(options.out.with_suffix(".md"), page(results).encode())
         return
     wanted = "1" if options.rehearse else "0"
@@ -394,79 +386,6 @@ def decibels(exact: Tensor, seen: Tensor) -> float | None:
     error = (exact.double() - seen.double()).pow(2).sum()
     ratio = float(exact.double().pow(2).sum() / error) if error > 0 else 0.0
     return float(10 * torch.log10(torch.tensor(ratio))) if 0 < ratio < float("inf") else None
-
-
-def page(results: Mapping[str, Any]) -> str:
-    lines = [
-        "# Latency on the GPU",
-        "",
-        "Written by `python benchmarks/latency_cuda.py sd15 sdxl --out docs/results-cuda.json` (`make gpu`): one UNet",
-        "step, random weights, arms interleaved in one process, medians. Ours are loaded from a saved model,",
-        "in an fp16 carrier; `autotuned` ones with kernels by timings, others by the performance model. Peak memory is",
-        "that of one step with the arm's weights. A kernel's time is that of its replays in a CUDA graph.",
-        "SQNR is against compiled fp16 on one random input without calibration data. A heading with arms was measured",
-        "with `--arms`, each beside its own baseline; its last word is torch.compile's mode (`--mode`).",
-    ]
-    for name, case in results.items():
-        heading = f"## {name}, batch {case['batch']}, on {case['device']}, torch {case['torch']}, {case['mode']}"
-        lines += [
-            "",
-            heading,
-            "",
-            "| arm | ms a step | against compiled fp16 | weights, MB | of fp16 | peak memory, MB | SQNR, dB |",
-            "|---|---:|---:|---:|---:|---:|---:|",
-        ]
-        base = case["arms"][BASELINE]["weights"] or 1
-        for label, arm in case["arms"].items():
-            quality = "" if arm["sqnr_db"] is None else f"{arm['sqnr_db']:.1f}"
-            lines.append(
-                f"| {label} | {arm['milliseconds']:.2f} | {arm['speed']:.2f}x | {arm['weights'] / 1e6:.0f} | "
-                f"{arm['weights'] / base:.2f}x | {arm['peak'] / 1e6:.0f} | {quality} |"
-            )
-        lines += [f"\n{label} failed: `{' '.join(error.split())[:300]}`" for label, error in case["errors"].items()]
-        lines += kernel_table(case["kernels"])
-        for label, rows in case["layers"].items():
-            lines += [
-                "",
-                f"### {label}: kernels, longest first",
-                "",
-                "| layer | rows x outputs x depth | kernel | count | us | floor us | of the roofline | 10^12 op/s |",
-                "|---|---|---|---:|---:|---:|---:|---:|",
-            ]
-            for row in sorted(rows, key=lambda row: -row["count"] * row["seconds"]):
-                lines.append(
-                    f"| {row['kind']} | {row['shape']} | {row['kernel']} | {row['count']} | "
-                    f"{1e6 * row['seconds']:.1f} | {1e6 * row['floor']:.1f} | {row['floor'] / row['seconds']:.0%} | "
-                    f"{row['operations'] / row['seconds'] / 1e12:.1f} |"
-                )
-    return "\n".join(lines) + "\n"
-
-
-def kernel_table(kernels: Mapping[str, Mapping[str, Sequence[float]]]) -> list[str]:
-    """Where the steps of the arms go, by kind of kernel."""
-    if not any(kernels.values()):
-        return []
-    kinds = [*KERNELS.values(), "others"]
-    lines = [
-        "",
-        "Kernels of one step, us together (number), from a profile:",
-        "",
-        f"| arm | {' | '.join(kinds)} | all |",
-        f"|---|{'---:|' * (len(kinds) + 1)}",
-    ]
-    for label, found in kernels.items():
-        cells = []
-        for kind in kinds:
-            own = [entry for name, entry in found.items() if kernel_kind(name) == kind]
-            cells.append(f"{1e6 * sum(entry[1] for entry in own):.0f} ({sum(entry[0] for entry in own):.0f})")
-        cells.append(f"{1e6 * sum(entry[1] for entry in found.values()):.0f}")
-        lines.append(f"| {label} | {' | '.join(cells)} |")
-    return lines
-
-
-def kernel_kind(name: str) -> str:
-    """Which of KERNELS' kinds a kernel is."""
-    return next((kind for pattern, kind in KERNELS.items() if re.search(pattern, name)), "others")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from qdiff_fx.graph.edit import get_tensor, set_tensor
+from qdiff_fx.graph.edit import create_call, get_tensor, set_tensor, shape_of
 from qdiff_fx.kernels.reference import integer_weight
 from qdiff_fx.passes.base import PassContext, RewritePass
 from qdiff_fx.passes.lower.stored_weights import computed_operands
@@ -143,6 +144,32 @@ def sibling_linears(graph_module: fx.GraphModule) -> list[list[IntegerLayer]]:
         key = (layer.x, layer.x_scale, layer.x_zero_point, layer.output_dtype)
         groups.setdefault(key, []).append(layer)
     return list(groups.values())
+
+
+def replace_by_slices(group: Sequence[IntegerLayer], call: fx.Node) -> list[fx.Node]:
+    """Put slices of `call`, which has the outputs of all linears of the group in order, in their places; the slices.
+
+    They are inserted at the graph's insertion point and cast where `call` has another dtype.
+    """
+    graph = call.graph
+    parts, start = [], 0
+    for layer in group:
+        stop = start + layer.weight_shape[0]
+        axis = len(shape_of(layer.node) or ()) - 1
+        part = create_call(graph, aten.slice.Tensor, (call, axis, start, stop), like=layer.node)
+        if call.meta["val"].dtype != layer.output_dtype:
+            part = create_call(graph, aten.to.dtype, (part, layer.output_dtype), like=layer.node)
+        for key, entry in layer.node.meta.items():
+            part.meta.setdefault(key, entry)
+        for user in layer.node.users:
+            if user.target is aten.view.default:  # a slice has gaps, which a view cannot always step over
+                user.target = aten.reshape.default
+        layer.node.replace_all_uses_with(part)
+        parts.append(part)
+        start = stop
+    for layer in group:  # the insertion point may be one of them
+        graph.erase_node(layer.node)
+    return parts
 
 
 def _constants(layer: fx.Node) -> list[fx.Node]:

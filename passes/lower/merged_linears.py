@@ -8,12 +8,17 @@ from math import prod
 import torch
 from torch import Tensor, fx
 
-from qdiff_fx.graph.edit import create_call, shape_of
 from qdiff_fx.graph.meta import MERGED
 from qdiff_fx.passes.base import GraphPass, PassContext, PassResult, finish
-from qdiff_fx.passes.lower.integer_layers import IntegerLayer, add_constant, sibling_linears, stored_tensor, value_like
+from qdiff_fx.passes.lower.integer_layers import (
+    IntegerLayer,
+    add_constant,
+    replace_by_slices,
+    sibling_linears,
+    stored_tensor,
+    value_like,
+)
 
-aten = torch.ops.aten
 qdiff = torch.ops.qdiff
 
 _CONSTANTS = ("weight", "weight_scale", "weight_zero_point", "channel_shift", "bias")
@@ -88,20 +93,8 @@ def _merge(group: Sequence[IntegerLayer], graph_module: fx.GraphModule) -> None:
         operands = (first.x, *constants, first.x_scale, first.x_zero_point, shape, first.output_dtype)
         merged = graph.call_function(qdiff.linear.default, operands)
         merged.meta["val"] = value.new_empty((*value.shape[:-1], shape[0]))
-        axis, start = len(shape_of(first.node) or ()) - 1, 0
-        for layer in group:
-            stop = start + layer.weight_shape[0]
-            part = create_call(graph, aten.slice.Tensor, (merged, axis, start, stop), like=layer.node)
-            for key, entry in layer.node.meta.items():
-                part.meta.setdefault(key, entry)
+        for part in replace_by_slices(group, merged):
             MERGED.set(part, len(group))
-            for user in layer.node.users:
-                if user.target is aten.view.default:  # a slice has gaps, which a view cannot always step over
-                    user.target = aten.reshape.default
-            layer.node.replace_all_uses_with(part)
-            start = stop
-    for layer in group:
-        graph.erase_node(layer.node)
 
 
 def _stacked(group: Sequence[IntegerLayer], graph_module: fx.GraphModule) -> dict[str, Tensor | None]:

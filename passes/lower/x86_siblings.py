@@ -7,13 +7,13 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, fx
 
-from qdiff_fx.graph.edit import create_call, shape_of
 from qdiff_fx.graph.meta import KERNEL
 from qdiff_fx.kernels.x86 import OUTPUT_DTYPES, prepack_linear
 from qdiff_fx.passes.base import GraphPass, PassContext, PassResult, finish
 from qdiff_fx.passes.lower.integer_layers import (
     IntegerLayer,
     add_constant,
+    replace_by_slices,
     sibling_linears,
     stored_tensor,
     value_like,
@@ -63,7 +63,6 @@ def _merge(group: list[IntegerLayer], graph_module: fx.GraphModule) -> None:
     graph, first = graph_module.graph, group[0]
     weight, scale, bias = merged_operands(group, graph_module)
     kernel_dtype = first.output_dtype if first.output_dtype in OUTPUT_DTYPES else torch.float32
-    rank = len(shape_of(first.x) or ())
     name = f"x86_{first.node.name}_merged"
     with graph.inserting_before(first.node):
         packed = add_constant(graph_module, f"{name}_weight", prepack_linear(weight))  # packed: has no fake form
@@ -78,19 +77,5 @@ def _merge(group: list[IntegerLayer], graph_module: fx.GraphModule) -> None:
         for constant, tensor in zip(constants, (scale, bias), strict=True):
             if constant is not None and tensor is not None:
                 constant.meta["val"] = value_like(first.node, tensor)
-        start = 0
-        for layer in group:
-            stop = start + layer.weight_shape[0]
-            part = create_call(graph, aten.slice.Tensor, (node, rank - 1, start, stop), like=layer.node)
-            if kernel_dtype != layer.output_dtype:
-                part = create_call(graph, aten.to.dtype, (part, layer.output_dtype), like=layer.node)
-            for key, entry in layer.node.meta.items():
-                part.meta.setdefault(key, entry)
+        for part in replace_by_slices(group, node):
             KERNEL.set(part, f"qdiff.x86_linear, one of {len(group)} merged")
-            for user in layer.node.users:
-                if user.target is aten.view.default:  # a slice has gaps, which a view cannot always step over
-                    user.target = aten.reshape.default
-            layer.node.replace_all_uses_with(part)
-            start = stop
-    for layer in group:
-        graph.erase_node(layer.node)

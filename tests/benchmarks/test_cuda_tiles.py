@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import torch
-
 import cuda_tiles
-from qdiff_fx.autotune.layer_size import LayerSize
 
 
 def test_the_page_sums_what_every_layer_takes_with_its_fastest_tile() -> None:
@@ -32,17 +29,10 @@ def test_the_page_sums_what_every_layer_takes_with_its_fastest_tile() -> None:
 
 
 def test_a_layers_rows_follow_from_its_geometry() -> None:
-    conv = LayerSize(
-        x_shape=(2, 64, 17, 16),
-        weight_shapes=((96, 64, 3, 3),),
-        geometry=([2, 2], [1, 1], [1, 1], 1),
-        dtype=torch.float16,
-        quantized_alone=False,
-    )
-    product = cuda_tiles.product_of(conv, "int4")
-    assert (product.rows, product.taps, product.packed, product.stride_one) == (2 * 9 * 8, 9, True, False)
-    linear = LayerSize(
-        x_shape=(2, 77, 64), weight_shapes=((96, 64),), geometry=None, dtype=torch.float16, quantized_alone=False
-    )
-    product = cuda_tiles.product_of(linear, "int8")
-    assert (product.rows, product.outputs, product.depth, product.describable) == (154, 96, 64, True)
+    layers = cuda_tiles.counted_layers(["tiny"])
+    down = next(layer for layer in layers.values() if layer.size.geometry and layer.size.geometry[0] == [2, 2])
+    assert (down.product.rows, down.product.taps, down.product.packed) == (2 * 4 * 4, 9, False)
+    assert not down.product.stride_one and not down.product.describable
+    context = next(layer for layer in layers.values() if layer.size.x_shape == (2, 7, 8))
+    assert (context.product.rows, context.product.depth, context.product.stride_one) == (14, 8, True)
+    assert all(layer.counts["tiny"] > 0 and layer.size.key == key for key, layer in layers.items())

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import latency_cuda
+import latency_cuda_page
 
 ROOT = Path(__file__).resolve().parents[2]
 PATHS = os.pathsep.join(entry for entry in sys.path if entry)
@@ -89,8 +90,8 @@ def test_kernels_of_a_profile_are_told_by_kind() -> None:
         "nvjet_sm90_hsh_80x128_64x8_2x1_v_bz_TNN": "fp16 and int32 matmuls, convolutions",
         "Memset (Unknown)": "others",
     }
-    assert {name: latency_cuda.kernel_kind(name) for name in kinds} == kinds
-    table = latency_cuda.kernel_table({"w8a8": {"image_gemm": [193, 2e-3], "Memset (Unknown)": [3, 4e-6]}})
+    assert {name: latency_cuda_page.kernel_kind(name) for name in kinds} == kinds
+    table = latency_cuda_page.kernel_table({"w8a8": {"image_gemm": [193, 2e-3], "Memset (Unknown)": [3, 4e-6]}})
     assert table[-1] == "| w8a8 | 2000 (193) | 0 (0) | 0 (0) | 0 (0) | 0 (0) | 4 (3) | 2004 |"
 
 

@@ -71,7 +71,8 @@ def image_gemm(
     """
     PACKED: tl.constexpr = weight_zero_point is not None
     LENGTH: tl.constexpr = DEPTH // 2 if PACKED else DEPTH
-    STEPS: tl.constexpr = KERNEL_H * KERNEL_W * ((LENGTH + BLOCK_K - 1) // BLOCK_K)
+    TAP_STEPS: tl.constexpr = (LENGTH + BLOCK_K - 1) // BLOCK_K
+    STEPS: tl.constexpr = KERNEL_H * KERNEL_W * TAP_STEPS
     BLOCK_M: tl.constexpr = IMAGES * TILE_H * TILE_W
     BLOCKS_N: tl.constexpr = (OUTPUTS + BLOCK_N - 1) // BLOCK_N
 
@@ -94,8 +95,8 @@ def image_gemm(
     part: tl.constexpr = (STEPS + SPLIT - 1) // SPLIT
     first_step = tl.program_id(1) * part
     for step in range(first_step, tl.minimum(first_step + part, STEPS)):
-        tap = step // (STEPS // (KERNEL_H * KERNEL_W))
-        channel = step % (STEPS // (KERNEL_H * KERNEL_W)) * BLOCK_K
+        tap = step // TAP_STEPS
+        channel = step % TAP_STEPS * BLOCK_K
         y = first_y - PADDING_H + tap // KERNEL_W * DILATION_H
         x_ = first_x - PADDING_W + tap % KERNEL_W * DILATION_W
         values = weight.load([first_column, tap * LENGTH + channel])
