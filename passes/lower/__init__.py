@@ -17,6 +17,7 @@ from qdiff_fx.passes.lower.quantize import LowerQuantize
 from qdiff_fx.passes.lower.shared_steps import ShareQuantizeSteps
 from qdiff_fx.passes.lower.signed_codes import CancelSignChanges
 from qdiff_fx.passes.lower.x86_layers import LowerX86Layers
+from qdiff_fx.passes.lower.x86_norms import NormalizeByChannel
 from qdiff_fx.passes.lower.x86_siblings import MergeLinears
 
 LOWER: Mapping[str, tuple[GraphPass, ...]] = {
@@ -31,6 +32,7 @@ LOWER: Mapping[str, tuple[GraphPass, ...]] = {
         KeepChosenLayersInCarrier(),
         MergeLinears(),
         LowerX86Layers(),
+        NormalizeByChannel(),
         LowerQuantize(),
         DequantizeWeights(),
         DropAttentionQuantizers(),

@@ -12,6 +12,7 @@ from qdiff_fx.graph.meta import FALLBACK
 from qdiff_fx.numerics.affine import along_axis
 from qdiff_fx.numerics.weights import expand_input_channels
 from qdiff_fx.passes.base import PassContext
+from qdiff_fx.passes.lower.carrier_weights import channels_last
 from qdiff_fx.passes.lower.integer_layers import (
     IntegerLayer,
     IntegerLayerPass,
@@ -68,5 +69,4 @@ def carrier_weight(layer: IntegerLayer, graph_module: fx.GraphModule) -> Tensor:
     weight = integers * along_axis(scale, integers.ndim, 0)
     if inv_scale.ndim:
         weight = weight * expand_input_channels(inv_scale * layer.x_scale, tuple(weight.shape), layer.groups)
-    weight = weight.to(layer.output_dtype)
-    return weight.contiguous(memory_format=torch.channels_last) if weight.ndim == 4 else weight
+    return channels_last(weight.to(layer.output_dtype))

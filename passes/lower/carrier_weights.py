@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from qdiff_fx.graph.edit import get_tensor, set_tensor
 from qdiff_fx.passes.base import PassContext
@@ -23,12 +23,21 @@ class DequantizeWeights(StoredWeightPass):
     def rewrite(self, match: fx.Node, graph_module: fx.GraphModule, context: PassContext) -> None:
         args = fx.map_arg(match.args, lambda item: get_tensor(graph_module, item.target))
         weight = qdiff.dequantize_weight.default(*args)
-        if weight.ndim == 4:
-            weight = weight.contiguous(memory_format=torch.channels_last)
         name = f"carrier_{match.name}"
-        set_tensor(graph_module, name, weight, persistent=False)
+        set_tensor(graph_module, name, channels_last(weight), persistent=False)
         with graph_module.graph.inserting_before(match):
             constant = graph_module.graph.get_attr(name)
         constant.meta = dict(match.meta)
         match.replace_all_uses_with(constant)
         graph_module.graph.erase_node(match)
+
+
+def channels_last(weight: Tensor) -> Tensor:
+    """A kernel [O, C, kH, kW] channels_last, other weights as they are.
+
+    With one input channel both layouts are the same bytes, and only the strides tell a convolution to write its output
+    channels_last: `contiguous` would leave them.
+    """
+    if weight.ndim != 4:
+        return weight
+    return torch.empty_like(weight, memory_format=torch.channels_last).copy_(weight)

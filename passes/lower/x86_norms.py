@@ -1,0 +1,36 @@
+"""Group normalisation in the form that compiles to whole vectors of channels."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from qdiff_fx.graph.edit import shape_of
+from qdiff_fx.kernels.x86_norms import group_norm
+from qdiff_fx.passes.base import PassContext, RewritePass
+
+aten = torch.ops.aten
+
+
+class NormalizeByChannel(RewritePass[fx.Node]):
+    """aten.group_norm becomes `kernels.x86_norms.group_norm`.
+
+    Left alone: inputs [B, C], which have no pixels.
+    """
+
+    def pattern(self, node: fx.Node, graph_module: fx.GraphModule, context: PassContext) -> fx.Node | None:
+        return node if node.target is aten.group_norm.default else None
+
+    def check(self, match: fx.Node, graph_module: fx.GraphModule, context: PassContext) -> str | None:
+        x = match.args[0]
+        assert isinstance(x, fx.Node)
+        return None if len(shape_of(x) or ()) > 2 else "there are no pixels to reduce over"
+
+    def rewrite(self, match: fx.Node, graph_module: fx.GraphModule, context: PassContext) -> None:
+        with graph_module.graph.inserting_before(match):
+            # The sixth argument chooses between CUDA kernels.
+            named = {name: value for name, value in match.kwargs.items() if name != "cudnn_enabled"}
+            node = graph_module.graph.call_function(group_norm, match.args[:5], named)
+        node.meta = dict(match.meta)
+        match.replace_all_uses_with(node)
+        graph_module.graph.erase_node(match)
