@@ -119,7 +119,7 @@ def _table(title: str, names: list[str], cells: dict[str, dict[str, Any]]) -> st
 
 
 def _steps(cells: dict[str, dict[str, Any]]) -> str:
-    """Steps of the chain that lose, by any yardstick."""
+    """Steps of the chain that lose, by any yardstick; end points also sample by sample, with a standard error."""
     losses = []
     for width in dict.fromkeys(name.split("/")[0] for name in cells if name[:2] in ("W4", "W8")):
         present = [step for step in CHAIN if f"{width}/{step}" in cells]
@@ -127,11 +127,22 @@ def _steps(cells: dict[str, dict[str, Any]]) -> str:
             old, new = cells[f"{width}/{before}"], cells[f"{width}/{after}"]
             for key, label in YARDSTICKS.items():
                 if new[key] < old[key] - TOLERATED_LOSS_DB:
-                    losses.append(f"| {width} | {before} -> {after} | {label} | {new[key] - old[key]:+.2f} |")
+                    paired = "–" if key != "endpoint_db" else "{:+.2f} ± {:.2f}".format(*_paired(old, new))
+                    losses.append(
+                        f"| {width} | {before} -> {after} | {label} | {new[key] - old[key]:+.2f} | {paired} |"
+                    )
     head = f"### Steps of the chain that lose more than {TOLERATED_LOSS_DB} dB\n\n"
     if not losses:
         return head + "None."
-    return head + "\n".join(["| width | step | yardstick | change, dB |", "|---|---|---|---|", *losses])
+    head += "An end point is a median over samples; their mean difference has a standard error.\n\n"
+    titles = "| width | step | yardstick | change, dB | mean difference by sample, dB |"
+    return head + "\n".join([titles, "|---|---|---|---|---|", *losses])
+
+
+def _paired(before: dict[str, Any], after: dict[str, Any]) -> tuple[float, float]:
+    """Mean difference of the end points sample by sample, dB, and its standard error."""
+    old, new = (torch.tensor(row["endpoint_by_sample"]) for row in (before, after))
+    return float((new - old).mean()), float((new - old).std() / len(old) ** 0.5)
 
 
 def _many_images(cells: dict[str, dict[str, Any]]) -> str:
@@ -144,12 +155,10 @@ def _many_images(cells: dict[str, dict[str, Any]]) -> str:
     lines = []
     for label, rows in by_count.items():
         for before, after in itertools.pairwise(rows):
-            old, new = (torch.tensor(row["endpoint_by_sample"]) for row in (before, after))
-            error = (new - old).std() / len(old) ** 0.5
+            old, new = (mean(row["endpoint_by_sample"]) for row in (before, after))
+            change, error = _paired(before, after)
             step = f"{_step_name(before)} -> {_step_name(after)}"
-            lines.append(
-                f"| {label} | {step} | {old.mean():.2f} | {new.mean():.2f} | {(new - old).mean():+.2f} ± {error:.2f} |"
-            )
+            lines.append(f"| {label} | {step} | {old:.2f} | {new:.2f} | {change:+.2f} ± {error:.2f} |")
     if not lines:
         return ""
     head = "### More end points\n\nMean over samples, and the mean difference with its standard error.\n\n"

@@ -14,6 +14,7 @@ def test_full_has_the_published_counts_and_rates() -> None:
     full = ReconstructionConfig.preset("full")
     assert (full.weight_iterations, full.weight_learning_rate) == (20_000, 1e-3)
     assert (full.activation_iterations, full.activation_exponent) == (5000, 2.4)
+    assert (full.weight_beta1, full.weight_beta2) == (0.9, 0.999)
     assert (full.regularization, full.beta_start, full.beta_end, full.warmup) == (0.01, 20.0, 2.0, 0.2)
 
 
@@ -35,6 +36,8 @@ def test_overrides_win() -> None:
         {"batch_size": 0},
         {"weight_learning_rate": 0.0},
         {"warmup": 1.0},
+        {"weight_beta1": 1.0},
+        {"weight_beta2": -0.1},
         {"activation_exponent": 0.5},
         {"granularity": "network"},
         {"regularization": -1.0},
