@@ -129,7 +129,8 @@ def learn_rounding(problem: BlockProblem, config: ReconstructionConfig, seed: in
 def _optimise(problem: BlockProblem, rounding: BlockRounding, config: ReconstructionConfig, seed: int) -> int:
     """Adam on the rounding variables; returns the number of steps made."""
     fixed = problem.unit.quantized_weights
-    optimizer = torch.optim.Adam([rounding.variable], lr=config.weight_learning_rate, fused=True)
+    betas = (config.weight_beta1, config.weight_beta2)
+    optimizer = torch.optim.Adam([rounding.variable], lr=config.weight_learning_rate, betas=betas, fused=True)
     rows = minibatches(problem.streams.rows, config.batch_size, seed)
     progress = Convergence()
     for iteration, batch in enumerate(itertools.islice(rows, config.weight_iterations)):

@@ -20,6 +20,7 @@ class ReconstructionConfig:
       weight_iterations: Adam steps a block on the rounding; 0 keeps rounding to nearest.
       weight_learning_rate: of the rounding variables, which start within 2.4 of zero; 1e-3, as published, takes
         thousands of steps to decide (decision 021).
+      weight_beta1, weight_beta2: Adam's decay rates of the gradient's mean and square, for the rounding.
       activation_iterations: Adam steps a block on the step sizes; 0 keeps those of the observers.
       activation_learning_rate: of p in step = start * exp(p), cosine to 0: a relative rate (decision 020).
       batch_size: rows a step.
@@ -35,11 +36,13 @@ class ReconstructionConfig:
     """
 
     weight_iterations: int = 500
-    weight_learning_rate: float = 0.1
+    weight_learning_rate: float = 0.15
+    weight_beta1: float = 0.8
+    weight_beta2: float = 0.99
     activation_iterations: int = 100
     activation_learning_rate: float = 1e-2
-    batch_size: int = 8
-    regularization: float = 0.01
+    batch_size: int = 16
+    regularization: float = 0.003
     beta_start: float = 20.0
     beta_end: float = 2.0
     warmup: float = 0.2
@@ -58,7 +61,8 @@ class ReconstructionConfig:
         for name in ("weight_learning_rate", "activation_learning_rate", "beta_start", "beta_end"):
             self._check(name, getattr(self, name) > 0, "a positive number")
         self._check("regularization", self.regularization >= 0, "a number >= 0")
-        self._check("warmup", 0 <= self.warmup < 1, "a share in [0, 1)")
+        for name in ("warmup", "weight_beta1", "weight_beta2"):
+            self._check(name, 0 <= getattr(self, name) < 1, "a share in [0, 1)")
         for name in ("weight_exponent", "activation_exponent"):
             self._check(name, getattr(self, name) >= 1, "a number >= 1")
         self._check("granularity", self.granularity in GRANULARITIES, f"one of {', '.join(GRANULARITIES)}")
@@ -87,10 +91,19 @@ class ReconstructionConfig:
         return asdict(self)
 
 
+_PUBLISHED: Mapping[str, Any] = {"weight_beta1": 0.9, "weight_beta2": 0.999, "regularization": 0.01}
+
 _PRESETS: Mapping[str, Mapping[str, Any]] = {
     "fast": {},
-    "balanced": {"weight_iterations": 5000, "weight_learning_rate": 3e-2, "activation_iterations": 1000},
+    "balanced": {
+        **_PUBLISHED,
+        "weight_iterations": 5000,
+        "weight_learning_rate": 3e-2,
+        "activation_iterations": 1000,
+        "batch_size": 8,
+    },
     "full": {
+        **_PUBLISHED,
         "weight_iterations": 20_000,
         "weight_learning_rate": 1e-3,
         "activation_iterations": 5000,
