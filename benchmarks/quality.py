@@ -103,6 +103,8 @@ CELLS: dict[str, Cell] = {
         for width in ("W4A32", "W4A8")
         for name in ("RTN min-max", "RTN MSE", "split")
     },
+    f"{MANY_IMAGES} images/W4A32 fast": Cell(source="W4A32/block AdaRound", images=MANY_IMAGES),
+    f"{MANY_IMAGES} images/W4A32 balanced": Cell(source="preset/W4A32 balanced", images=MANY_IMAGES),
 }
 
 BLOCKS = ("down_blocks.1.downsamplers.0.conv", "mid_block.attentions.0", "down_blocks.2.resnets.0")
