@@ -107,6 +107,7 @@ CELLS: dict[str, Cell] = {
     f"{MANY_IMAGES} images/W4A32 balanced": Cell(source="preset/W4A32 balanced", images=MANY_IMAGES),
 }
 
+PRESETS = ("fast", "balanced", "full")
 BLOCKS = ("down_blocks.1.downsamplers.0.conv", "mid_block.attentions.0", "down_blocks.2.resnets.0")
 """Their loss is compared over all presets, everything before them rounded to nearest: cells "block/..."."""
 
@@ -122,7 +123,7 @@ def main() -> None:
     names = [name for pattern in arguments.cells for name in known if fnmatchcase(name, pattern)]
     bench = Bench(arguments.work / arguments.model, arguments.model)
     for name in dict.fromkeys(names):
-        if not bench.path(name).exists():
+        if not bench.path(name).exists() or bench.stale_presets(name):
             row = bench.run(name) if name in CELLS else bench.run_block(name)
             print({key: row[key] for key in ("cell", "pooled_db", "median_db", "endpoint_db", "presets") if key in row})
     place = {name: index for index, name in enumerate(known)}
@@ -214,8 +215,20 @@ class Bench:
         write_json(self.path(name), row)
         return row
 
+    def stale_presets(self, name: str) -> dict[str, ReconstructionConfig]:
+        """Of a cell of one block: presets that it lacks, or has with other settings; {} for other cells."""
+        configs = {} if name in CELLS else {preset: ReconstructionConfig.preset(preset) for preset in PRESETS}
+        found = read_json(self.path(name)).get("presets", {}) if self.path(name).exists() else {}
+        return {
+            preset: config
+            for preset, config in configs.items()
+            if found.get(preset, {}).get("config") != config.to_dict()
+        }
+
     def run_block(self, name: str) -> dict[str, Any]:
-        """Learn one block with every preset, and keep the losses."""
+        """Learn one block with every stale preset, and keep the losses."""
+        stale = self.stale_presets(name)
+        presets = {} if len(stale) == len(PRESETS) else read_json(self.path(name))["presets"]
         data = self.data("calibration", 52, 0)
         prepared = qdiff_fx.prepare(self.source.unet, qdiff_fx.QDiffConfig.preset("w4a32", **UNIFORM))
         observe_and_fit(prepared, data, 32, None, False)
@@ -231,12 +244,16 @@ class Bench:
                 streams.advance(unit, QUANTIZED, QuantizerMode.PASS)
                 streams.release(unit)
             problem = BlockProblem(unit=unit, streams=streams, mode=QuantizerMode.PASS, exponent=2.0)
-            presets = {}
-            for preset in ("fast", "balanced", "full"):
+            for preset, config in stale.items():
                 for item in unit.weights:
                     item.quantizer.round_up = None
-                presets[preset] = learn_rounding(problem, ReconstructionConfig.preset(preset), 0).to_dict()
-        row = origin(0) | {"cell": name, "model": self.model, "presets": presets}
+                result = learn_rounding(problem, config, 0).to_dict()
+                presets[preset] = result | {"config": config.to_dict(), "commit": origin(0)["commit"]}
+        row = origin(0) | {
+            "cell": name,
+            "model": self.model,
+            "presets": {preset: presets[preset] for preset in PRESETS},
+        }
         write_json(self.path(name), row)
         return row
 
