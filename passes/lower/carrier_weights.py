@@ -40,4 +40,6 @@ def channels_last(weight: Tensor) -> Tensor:
     """
     if weight.ndim != 4:
         return weight
-    return torch.empty_like(weight, memory_format=torch.channels_last).copy_(weight)
+    if weight.shape[1] == 1:
+        return torch.empty_like(weight, memory_format=torch.channels_last).copy_(weight)
+    return weight.contiguous(memory_format=torch.channels_last)

@@ -24,7 +24,9 @@ class NormalizeByChannel(RewritePass[fx.Node]):
     def check(self, match: fx.Node, graph_module: fx.GraphModule, context: PassContext) -> str | None:
         x = match.args[0]
         assert isinstance(x, fx.Node)
-        return None if len(shape_of(x) or ()) > 2 else "there are no pixels to reduce over"
+        if (shape := shape_of(x)) is None:
+            return "its input's shape is unknown"
+        return None if len(shape) > 2 else "there are no pixels to reduce over"
 
     def rewrite(self, match: fx.Node, graph_module: fx.GraphModule, context: PassContext) -> None:
         with graph_module.graph.inserting_before(match):

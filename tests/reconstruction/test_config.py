@@ -18,6 +18,14 @@ def test_full_has_the_published_counts_and_rates() -> None:
     assert (full.regularization, full.beta_start, full.beta_end, full.warmup) == (0.01, 20.0, 2.0, 0.2)
 
 
+def test_what_the_presets_were_measured_with() -> None:
+    """Decision 021: a change of any of these wants its table again."""
+    fast, balanced = (ReconstructionConfig.preset(name) for name in ("fast", "balanced"))
+    settings = ("weight_learning_rate", "weight_beta1", "weight_beta2", "batch_size", "regularization")
+    assert [getattr(fast, name) for name in settings] == [0.15, 0.8, 0.99, 16, 0.003]
+    assert [getattr(balanced, name) for name in settings] == [0.03, 0.9, 0.999, 8, 0.01]
+
+
 def test_fast_takes_at_most_500_steps_at_a_rate_that_saturates() -> None:
     fast = ReconstructionConfig.preset("fast")
     assert fast.weight_iterations <= 500

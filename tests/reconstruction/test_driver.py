@@ -123,6 +123,16 @@ def test_equal_seeds_give_equal_bits_and_another_seed_other_ones(calibrated: Any
     assert any(not torch.equal(a, b) for a, b in zip(first, third, strict=True))
 
 
+@pytest.mark.parametrize(
+    "change", [{"weight_beta1": 0.2}, {"weight_beta2": 0.5}], ids=lambda change: next(iter(change))
+)
+def test_the_decay_rates_of_adam_matter(calibrated: Any, run: Any, change: dict[str, float]) -> None:
+    other = copy.deepcopy(calibrated)
+    run(calibrated, activation_iterations=0)
+    run(other, activation_iterations=0, **change)
+    assert any(not torch.equal(a, b) for a, b in zip(_codes(calibrated), _codes(other), strict=True))
+
+
 def test_a_spilled_cache_gives_the_same_bits_and_leaves_no_file(calibrated: Any, run: Any, tmp_path: Path) -> None:
     spilled = copy.deepcopy(calibrated)
     run(calibrated)
