@@ -66,6 +66,13 @@ class Cell:
     growth: bool = False
     images: int = IMAGES
 
+    @property
+    def learning(self) -> ReconstructionConfig | None:
+        """All settings of what is learned."""
+        if self.learn is None:
+            return None
+        return ReconstructionConfig.preset(self.preset, seed=self.seed, **self.learn)
+
 
 def _chain(width: str) -> dict[str, Cell]:
     """The steps of the method at one width; four-bit rounding is learned once, with activations in full precision."""
@@ -190,6 +197,7 @@ class Bench:
     def run(self, name: str) -> dict[str, Any]:
         """Make and measure one cell."""
         cell, started = CELLS[name], time.monotonic()
+        learning = cell.learning
         prepared, blocks = self._make(name, cell)
         made = time.monotonic()
         sqnr = output_sqnr(self.source.unet, prepared, self.heldout.batches(32))
@@ -197,8 +205,8 @@ class Bench:
         row = origin(cell.seed) | {
             "cell": name,
             "model": self.model,
-            "preset": cell.preset if cell.learn is not None else None,
-            "learn": cell.learn,
+            "preset": cell.preset if learning is not None else None,
+            "learning": learning.to_dict() if learning is not None else None,
             "source": cell.source,
             "calibration_rows": len(self.data("calibration", 52, cell.seed)),
             "heldout_rows": len(self.heldout),
@@ -269,8 +277,7 @@ class Bench:
                 self.run(cell.source)
             _take(prepared, read_tensors(self.path(cell.source).with_suffix(".safetensors")))
         blocks: list[dict[str, Any]] = []
-        if cell.learn is not None:
-            learning = ReconstructionConfig.preset(cell.preset, seed=cell.seed, **cell.learn)
+        if (learning := cell.learning) is not None:
             folder = self.work / "blocks" / slug(name)
             blocks = [
                 item.to_dict() for item in learn_blocks(prepared, data, self.selection, learning, 32, folder, False)

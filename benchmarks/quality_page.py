@@ -48,7 +48,6 @@ def _sections(docs: Path, model: str, rows: dict[str, dict[str, Any]]) -> list[s
         _many_images(cells),
         _seeds(cells),
         _growth(docs, model, growth) if growth else "",
-        _table("Options, each alone", [name for name in cells if name.startswith("option")], cells),
         _presets(cells),
         _blocks(blocks),
     ]
