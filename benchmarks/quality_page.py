@@ -94,9 +94,10 @@ Written by `benchmarks/quality.py`; the command, commit and seed of every cell a
 beside other work). Uniform bits but for the boundary rule: no allocation, no channel factors.
 {some["calibration_rows"]} calibration rows, {some["heldout_rows"]} held-out rows of other trajectories. Output SQNR is
 pooled, and the median over timesteps; end point: PSNR after DDIM-50, 16 samples from the same noise, median. Four-bit
-rounding is learned once, with activations in full precision, and reused at every activation width. Every row includes
-what the rows before it in the chain do, but that learned rounding does without corrected biases, since a block's loss
-sees the means. RTN rows and SQuant have nothing learned, RTN rows have no shortcut split."""
+rounding is learned once, with activations in full precision, and reused at every activation width, by preset "fast" as
+it was at the cell's commit (decisions/021). Every row includes what the rows before it in the chain do, but that
+learned rounding does without corrected biases, since a block's loss sees the means. RTN rows and SQuant have nothing
+learned, RTN rows have no shortcut split. Seconds are wall time, halts for other work included."""
 
 
 def _table(title: str, names: list[str], cells: dict[str, dict[str, Any]]) -> str:
