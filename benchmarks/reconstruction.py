@@ -48,7 +48,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--docs", type=Path, default=Path("docs"))
     parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--batch-sizes", type=int, nargs="*", default=[8, 32])
+    parser.add_argument("--batch-sizes", type=int, nargs="*", default=[8, 16, 32])
     arguments = parser.parse_args()
     runs = [
         _run(ReconstructionConfig.preset("fast", batch_size=size), arguments.repeats) for size in arguments.batch_sizes
