@@ -31,6 +31,7 @@ from qdiff_fx.numerics.affine import QParams
 from qdiff_fx.reconstruction import ReconstructionConfig
 from qdiff_fx.reconstruction.adaround import learn_rounding
 from qdiff_fx.reconstruction.cache import ActivationCache
+from qdiff_fx.reconstruction.config import PRESETS
 from qdiff_fx.reconstruction.problem import BlockProblem
 from qdiff_fx.reconstruction.streams import FULL, QUANTIZED, Streams
 from qdiff_fx.reconstruction.subgraph import partition
@@ -114,7 +115,6 @@ CELLS: dict[str, Cell] = {
     f"{MANY_IMAGES} images/W4A32 balanced": Cell(source="preset/W4A32 balanced", images=MANY_IMAGES),
 }
 
-PRESETS = ("fast", "balanced", "full")
 BLOCKS = ("down_blocks.1.downsamplers.0.conv", "mid_block.attentions.0", "down_blocks.2.resnets.0")
 """Their loss is compared over all presets, everything before them rounded to nearest: cells "block/..."."""
 
@@ -235,8 +235,8 @@ class Bench:
 
     def run_block(self, name: str) -> dict[str, Any]:
         """Learn one block with every stale preset, and keep the losses."""
-        stale = self.stale_presets(name)
-        presets = {} if len(stale) == len(PRESETS) else read_json(self.path(name))["presets"]
+        stale, made = self.stale_presets(name), origin(0)
+        known = read_json(self.path(name))["presets"] if self.path(name).exists() else {}
         data = self.data("calibration", 52, 0)
         prepared = qdiff_fx.prepare(self.source.unet, qdiff_fx.QDiffConfig.preset("w4a32", **UNIFORM))
         observe_and_fit(prepared, data, 32, None, False)
@@ -256,12 +256,8 @@ class Bench:
                 for item in unit.weights:
                     item.quantizer.round_up = None
                 result = learn_rounding(problem, config, 0).to_dict()
-                presets[preset] = result | {"config": config.to_dict(), "commit": origin(0)["commit"]}
-        row = origin(0) | {
-            "cell": name,
-            "model": self.model,
-            "presets": {preset: presets[preset] for preset in PRESETS},
-        }
+                known[preset] = result | {"config": config.to_dict(), "commit": made["commit"]}
+        row = made | {"cell": name, "model": self.model, "presets": {preset: known[preset] for preset in PRESETS}}
         write_json(self.path(name), row)
         return row
 

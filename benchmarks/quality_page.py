@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from qdiff_fx.reconstruction.config import PRESETS
 from qdiff_fx.report.plots import COLOURS, plot_error_growth
 from qdiff_fx.safe_io import write_bytes, write_json
 
@@ -72,13 +73,13 @@ def _blocks(blocks: dict[str, dict[str, Any]]) -> str:
         "",
         "Reconstruction loss over all calibration rows as a share of rounding to nearest; seconds in brackets.",
         "",
-        "| block | fast | balanced | full |",
-        "|---|---|---|---|",
+        f"| block | {' | '.join(PRESETS)} |",
+        f"|---|{'---|' * len(PRESETS)}",
     ]
     for name, row in blocks.items():
         shares = [
             f"{result['learned_loss'] / result['initial_loss']:.3f} ({result['seconds']:.0f} s)"
-            for result in (row["presets"][preset] for preset in ("fast", "balanced", "full"))
+            for result in (row["presets"][preset] for preset in PRESETS)
         ]
         lines.append(f"| {name.partition('/')[2]} | {' | '.join(shares)} |")
     return "\n".join(lines)

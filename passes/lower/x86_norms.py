@@ -29,10 +29,6 @@ class NormalizeByChannel(RewritePass[fx.Node]):
         return None if len(shape) > 2 else "there are no pixels to reduce over"
 
     def rewrite(self, match: fx.Node, graph_module: fx.GraphModule, context: PassContext) -> None:
-        with graph_module.graph.inserting_before(match):
-            # The sixth argument chooses between CUDA kernels.
-            named = {name: value for name, value in match.kwargs.items() if name != "cudnn_enabled"}
-            node = graph_module.graph.call_function(group_norm, match.args[:5], named)
-        node.meta = dict(match.meta)
-        match.replace_all_uses_with(node)
-        graph_module.graph.erase_node(match)
+        # The sixth argument, cudnn_enabled, chooses between CUDA kernels.
+        match.target, match.args = group_norm, match.args[:5]
+        match.kwargs = {name: value for name, value in match.kwargs.items() if name != "cudnn_enabled"}

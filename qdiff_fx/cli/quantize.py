@@ -16,6 +16,7 @@ from qdiff_fx.cli.sources import Source, add_source_arguments, copy_sampling_fil
 from qdiff_fx.config import QDiffConfig
 from qdiff_fx.errors import QualityError
 from qdiff_fx.identity import tensors_digest
+from qdiff_fx.reconstruction.config import PRESETS
 from qdiff_fx.report.documents import calibration_document, stored_bytes
 from qdiff_fx.report.inspection import inspect_prepared
 from qdiff_fx.report.tables import decibels, file_size
@@ -38,7 +39,7 @@ def parser() -> OneLineParser:
     result.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the quantized model")
     result.add_argument("--preset", default="w4a8", help="w8a8, w4a8 (default), w8a32, w4a32, w4a6 or w4a4")
     result.add_argument("--calibration", type=Path, metavar="SET", help="folder that qdiff-fx collect wrote")
-    result.add_argument("--reconstruction", choices=("fast", "balanced", "full"), help="learn rounding and steps")
+    result.add_argument("--reconstruction", choices=tuple(PRESETS), help="learn rounding and steps")
     result.add_argument("--target-sqnr", type=float, metavar="DB", help="raise layers until the output keeps so much")
     result.add_argument("--accept-quality", action="store_true", help="write --out even if the output is ruined")
     result.add_argument(

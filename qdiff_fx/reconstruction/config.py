@@ -78,9 +78,9 @@ class ReconstructionConfig:
 
         "full" has the published iteration counts and weight learning rate.
         """
-        if name not in _PRESETS:
-            raise ConfigError(f"reconstruction preset {name!r}: want one of {', '.join(_PRESETS)}")
-        return cls(**{**_PRESETS[name], **overrides})
+        if name not in PRESETS:
+            raise ConfigError(f"reconstruction preset {name!r}: want one of {', '.join(PRESETS)}")
+        return cls(**{**PRESETS[name], **overrides})
 
     def replace(self, **changes: Any) -> Self:
         """A copy with the named fields changed."""
@@ -93,7 +93,7 @@ class ReconstructionConfig:
 
 _PUBLISHED: Mapping[str, Any] = {"weight_beta1": 0.9, "weight_beta2": 0.999, "regularization": 0.01}
 
-_PRESETS: Mapping[str, Mapping[str, Any]] = {
+PRESETS: Mapping[str, Mapping[str, Any]] = {
     "fast": {},
     "balanced": {
         **_PUBLISHED,

@@ -67,13 +67,17 @@ def test_it_is_group_norm(
     assert not batch or tolerance < 0.1 * float(exact.abs().max())
 
 
-@pytest.mark.parametrize("shape", [(2, 6, 5), (2, 6, 5, 7)])
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    ("shape", "memory_format"),
+    [
+        ((2, 6, 5), torch.contiguous_format),
+        ((2, 6, 5, 7), torch.contiguous_format),
+        ((2, 6, 5, 7), torch.channels_last),
+    ],
+)
 def test_compiled_it_is_the_same_function(shape: tuple[int, ...], memory_format: Any) -> None:
     torch._dynamo.reset()
-    x = torch.randn(*shape) + 3.0
-    if len(shape) == 4:
-        x = x.contiguous(memory_format=memory_format)
+    x = (torch.randn(*shape) + 3.0).contiguous(memory_format=memory_format)
     weight, bias = torch.randn(6), torch.randn(6)
     seen = torch.compile(group_norm, fullgraph=True)(x, 3, weight, bias, EPS)
     assert torch.allclose(seen.double(), textbook(x, 3, weight, bias), rtol=0, atol=1e-5)
