@@ -259,18 +259,20 @@ SDNQ: Mapping[str, Mapping[str, Any]] = {
     "SDNQ uint4, SVD": {"use_svd": True, **_UINT4},
     "SDNQ uint4, Hadamard rotation": {"use_hadamard": True, **_UINT4},
 }
+_WIDE: Mapping[str, Any] = {"preset": "w8a8", "weight_slack": 0.10, "activation_slack": 0.25}
 _EVERY_LAYER: Mapping[str, Any] = {"minimum_allowed_numel": 0, "minimum_allowed_channel_size": 0}
 
 PEERS: Mapping[str, Callable[[nn.Module, Calls], Network]] = {
     "full precision": _full_precision,
     "ours W8A8": partial(_ours, preset="w8a8"),
     "ours W4A8": partial(_ours, preset="w4a8"),
-    "ours W8A8, wide slacks": partial(_ours, preset="w8a8", weight_slack=0.10, activation_slack=0.25),
+    "ours W8A8, wide slacks": partial(_ours, **_WIDE),
     "ours W8A8, small layers left": partial(_ours, preset="w8a8", leave=SMALL),
     "ours W4A8, small layers left": partial(_ours, preset="w4a8", leave=SMALL),
     "ours W4A32": partial(_ours, preset="w4a32"),
     "ours W4A8, reconstructed": partial(_ours, preset="w4a8", learn=True),
     "ours W8A8, reconstructed": partial(_ours, preset="w8a8", learn=True),
+    "ours W8A8, wide slacks, reconstructed": partial(_ours, learn=True, **_WIDE),
     **{name: partial(_sdnq, **options) for name, options in SDNQ.items()},
     **{f"{name}, every layer": partial(_sdnq, **_EVERY_LAYER, **options) for name, options in SDNQ.items()},
     "torchao int8 weights, linears": partial(_torchao, config="Int8WeightOnlyConfig", bits="W8A32"),

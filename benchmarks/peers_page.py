@@ -30,6 +30,7 @@ BARS = (
     ("ours W8A8, wide slacks", INT8, ("endpoint_db",)),
     ("ours W8A8, small layers left", INT8, ("endpoint_db",)),
     ("ours W8A8, reconstructed", INT8, ("endpoint_db",)),
+    ("ours W8A8, wide slacks, reconstructed", INT8, ("endpoint_db",)),
 )
 """Who is held against whom, and by what."""
 LABELS = {"pooled_db": "output SQNR", "endpoint_db": "end-point PSNR"}
