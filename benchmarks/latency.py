@@ -258,16 +258,16 @@ def interleaved(arms: Mapping[str, Callable[[], Tensor]], repeats: int) -> dict[
 
 def matmul_gops() -> float:
     """What this machine's int8 matmul reaches on 1024 x 1280 x 1280, in 10^9 operations a second."""
-    from qdiff_fx.kernels.x86 import prepack_linear
+    from qdiff_fx.kernels.x86_calls import linear_call
 
     rows, size = 1024, 1280
     x = torch.randint(0, 256, (rows, size), dtype=torch.uint8)
-    weight = prepack_linear(torch.randint(-127, 128, (size, size), dtype=torch.int8))
-    scale = torch.ones(size)
+    weight = torch.randint(-127, 128, (size, size), dtype=torch.int8)
+    call = linear_call(weight, torch.ones(size), None, 1.0, 0, torch.float32)
     times = []
     for _ in range(20):
         started = time.perf_counter()
-        torch.ops.qdiff.x86_linear(x, weight, scale, None, 1.0, 0, size, torch.float32)
+        call(x)
         times.append(time.perf_counter() - started)
     return 2 * rows * size * size / min(times) / 1e9
 

@@ -13,9 +13,13 @@ from torch import Tensor, fx
 
 import qdiff_fx
 
-qdiff = torch.ops.qdiff
-
-KINDS: Mapping[Any, str] = {qdiff.x86_conv2d.default: "convolutions", qdiff.x86_linear.default: "linears"}
+KINDS: Mapping[str, str] = {
+    "qdiff.x86_conv2d.default": "convolutions",
+    "qdiff.vnni_conv2d.default": "convolutions",
+    "qdiff.x86_linear.default": "linears",
+    "qdiff.vnni_linear.default": "linears",
+}
+"""Operators of integer layers, by name: those of VNNI are registered only where they run."""
 
 
 class Stopwatch(fx.Interpreter):
@@ -32,16 +36,26 @@ class Stopwatch(fx.Interpreter):
         return super().run(*args, **kwargs)
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        if target not in KINDS:
+        kind = KINDS.get(str(target))
+        if kind is None:
             return super().call_function(target, args, kwargs)
         started = time.perf_counter()
         result: Tensor = target(*args, **kwargs)
-        key = (KINDS[target], self.place)
+        key = (kind, self.place)
         self.place += 1
         self.seconds.setdefault(key, []).append(time.perf_counter() - started)
-        depth = prod(args[6][1:]) if KINDS[target] == "convolutions" else args[0].shape[-1]
-        self.operations[key] = 2.0 * result.numel() * depth
+        self.operations[key] = 2.0 * result.numel() * _depth(str(target), args)
         return result
+
+
+def _depth(target: str, args: Any) -> int:
+    """Products a result."""
+    if target == "qdiff.x86_conv2d.default":
+        return prod(args[6][1:])
+    if target == "qdiff.vnni_conv2d.default":
+        _, height, width, *_ = args[4]
+        return int(args[0].shape[1]) * height * width
+    return int(args[0].shape[-1])
 
 
 def achieved_gops(model: qdiff_fx.QuantizedUNet, inputs: Mapping[str, Tensor], repeats: int = 7) -> dict[str, float]:
@@ -52,7 +66,7 @@ def achieved_gops(model: qdiff_fx.QuantizedUNet, inputs: Mapping[str, Tensor], r
         for _ in range(repeats + 1):
             stopwatch.run(*flat)
     found = {}
-    for kind in KINDS.values():
+    for kind in dict.fromkeys(KINDS.values()):
         keys = [key for key in stopwatch.seconds if key[0] == kind]
         if keys:
             seconds = sum(median(stopwatch.seconds[key][1:]) for key in keys)

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import fx
 
 from qdiff_fx.graph.edit import create_call, shape_of
 from qdiff_fx.graph.propagate import size_hint
-from qdiff_fx.kernels.x86 import OUTPUT_DTYPES, prepack_conv2d, prepack_linear
+from qdiff_fx.kernels.x86 import OUTPUT_DTYPES
+from qdiff_fx.kernels.x86_calls import KernelCall, conv2d_call, linear_call
 from qdiff_fx.passes.base import PassContext
 from qdiff_fx.passes.lower.integer_layers import IntegerLayer, IntegerLayerPass, add_constant, stored_tensor
 
 aten = torch.ops.aten
-qdiff = torch.ops.qdiff
 
 
 class LowerX86Layers(IntegerLayerPass):
-    """qdiff.conv2d and qdiff.linear become qdiff.x86_conv2d and qdiff.x86_linear.
+    """qdiff.conv2d and qdiff.linear become operators of kernels/x86_calls.py.
 
-    4-bit weights are unpacked and their zero points and shifts folded into int8; every weight is prepacked into a
-    non-persistent buffer, for the shapes of the example call. A bias is kept in float32, which is what the kernel
-    adds. Carrier types that oneDNN does not write are cast from float32.
+    4-bit weights are unpacked and their zero points and shifts folded into int8; every weight is packed into a
+    non-persistent buffer. A bias is kept in float32, which is what the kernels add. Carrier types that they do not
+    write are cast from float32.
 
     Left alone: layers whose weights are computed in the graph.
     """
@@ -30,26 +28,18 @@ class LowerX86Layers(IntegerLayerPass):
     def rewrite(self, match: IntegerLayer, graph_module: fx.GraphModule, context: PassContext) -> None:
         graph, layer = graph_module.graph, match.node
         weight = match.integers(graph_module)
-        weight_scale, bias_value = (stored_tensor(graph_module, item) for item in (match.weight_scale, match.bias))
+        weight_scale, bias = (stored_tensor(graph_module, item) for item in (match.weight_scale, match.bias))
         assert weight_scale is not None
+        bias = None if bias is None else bias.to(torch.float32)
         kernel_dtype = match.output_dtype if match.output_dtype in OUTPUT_DTYPES else torch.float32
         if match.is_conv2d:
             x_shape = [size_hint(size) for size in shape_of(match.x) or ()]
-            prepacked = prepack_conv2d(weight, weight_scale, *match.geometry, x_shape)
-            tail: tuple[Any, ...] = (match.weight_shape, *match.geometry, kernel_dtype)
-            target = qdiff.x86_conv2d.default
+            step = (match.x_scale, match.x_zero_point)
+            call = conv2d_call(weight, weight_scale, bias, *step, match.geometry, x_shape, kernel_dtype)
         else:
-            prepacked = prepack_linear(weight)
-            tail = (match.weight_shape[0], kernel_dtype)
-            target = qdiff.x86_linear.default
+            call = linear_call(weight, weight_scale, bias, match.x_scale, match.x_zero_point, kernel_dtype)
         with graph.inserting_before(layer):
-            # Packed weights have no fake form.
-            packed = add_constant(graph_module, f"x86_{layer.name}_weight", prepacked)
-            bias = match.bias
-            if bias_value is not None and bias_value.dtype != torch.float32:
-                bias = add_constant(graph_module, f"x86_{layer.name}_bias", bias_value.to(torch.float32))
-            operands = (match.x, packed, match.weight_scale, bias, match.x_scale, match.x_zero_point, *tail)
-            node = graph.call_function(target, operands)
+            node = insert_kernel_call(graph_module, f"x86_{layer.name}", match.x, call)
             node.meta = dict(layer.meta)
             result = node
             if kernel_dtype != match.output_dtype:
@@ -57,3 +47,15 @@ class LowerX86Layers(IntegerLayerPass):
                 result = create_call(graph, aten.to.dtype, (node, match.output_dtype), like=layer)
         layer.replace_all_uses_with(result)
         graph.erase_node(layer)
+
+
+def insert_kernel_call(graph_module: fx.GraphModule, name: str, x: fx.Node, call: KernelCall) -> fx.Node:
+    """`call` of `x` at the graph's insertion point, its tensors in buffers called `name`_ROLE; without metadata.
+
+    Buffers have no fake values: weights packed by oneDNN have no fake form.
+    """
+    constants = [
+        None if tensor is None else add_constant(graph_module, f"{name}_{role}", tensor)
+        for role, tensor in call.tensors.items()
+    ]
+    return graph_module.graph.call_function(call.target, (x, *constants, *call.literals))

@@ -8,23 +8,15 @@ import torch
 from torch import Tensor, fx
 
 from qdiff_fx.graph.meta import KERNEL
-from qdiff_fx.kernels.x86 import OUTPUT_DTYPES, prepack_linear
+from qdiff_fx.kernels.x86 import OUTPUT_DTYPES
+from qdiff_fx.kernels.x86_calls import linear_call
 from qdiff_fx.passes.base import GraphPass, PassContext, PassResult, finish
-from qdiff_fx.passes.lower.integer_layers import (
-    IntegerLayer,
-    add_constant,
-    replace_by_slices,
-    sibling_linears,
-    stored_tensor,
-    value_like,
-)
-
-aten = torch.ops.aten
-qdiff = torch.ops.qdiff
+from qdiff_fx.passes.lower.integer_layers import IntegerLayer, replace_by_slices, sibling_linears, stored_tensor
+from qdiff_fx.passes.lower.x86_layers import insert_kernel_call
 
 
 class MergeLinears(GraphPass):
-    """Linears that read the same codes become one qdiff.x86_linear and a slice each: the same sums, fewer calls.
+    """Linears that read the same codes become one call and a slice each: the same sums, fewer calls.
 
     That is q, k and v of a self-attention, k and v of all cross-attentions, the time projections of all blocks. Rows of
     a weight have scales of their own, so nothing is rounded otherwise.
@@ -63,19 +55,10 @@ def _merge(group: list[IntegerLayer], graph_module: fx.GraphModule) -> None:
     graph, first = graph_module.graph, group[0]
     weight, scale, bias = merged_operands(group, graph_module)
     kernel_dtype = first.output_dtype if first.output_dtype in OUTPUT_DTYPES else torch.float32
-    name = f"x86_{first.node.name}_merged"
+    call = linear_call(weight, scale, bias, first.x_scale, first.x_zero_point, kernel_dtype)
     with graph.inserting_before(first.node):
-        packed = add_constant(graph_module, f"{name}_weight", prepack_linear(weight))  # packed: has no fake form
-        constants = [
-            None if tensor is None else add_constant(graph_module, f"{name}_{role}", tensor)
-            for role, tensor in (("scale", scale), ("bias", bias))
-        ]
-        operands = (first.x, packed, *constants, first.x_scale, first.x_zero_point, len(weight), kernel_dtype)
-        node = graph.call_function(qdiff.x86_linear.default, operands)
+        node = insert_kernel_call(graph_module, f"x86_{first.node.name}_merged", first.x, call)
         value = first.node.meta["val"]
         node.meta["val"] = value.new_empty((*value.shape[:-1], len(weight)), dtype=kernel_dtype)
-        for constant, tensor in zip(constants, (scale, bias), strict=True):
-            if constant is not None and tensor is not None:
-                constant.meta["val"] = value_like(first.node, tensor)
         for part in replace_by_slices(group, node):
-            KERNEL.set(part, f"qdiff.x86_linear, one of {len(group)} merged")
+            KERNEL.set(part, f"{str(call.target).removesuffix('.default')}, one of {len(group)} merged")

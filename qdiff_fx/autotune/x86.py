@@ -19,7 +19,8 @@ from qdiff_fx.autotune.choose import Subject
 from qdiff_fx.autotune.layer_size import LayerSize, layer_size
 from qdiff_fx.autotune.timer import interleaved, processor_seconds
 from qdiff_fx.graph.meta import LayerTiming
-from qdiff_fx.kernels.x86 import OUTPUT_DTYPES, prepack_conv2d, prepack_linear
+from qdiff_fx.kernels.x86 import OUTPUT_DTYPES
+from qdiff_fx.kernels.x86_calls import conv2d_call, linear_call
 from qdiff_fx.passes.lower.integer_layers import IntegerLayer, integer_layer, sibling_linears
 
 aten = torch.ops.aten
@@ -54,15 +55,14 @@ def _conv2d_runs(size: LayerSize) -> tuple[Callable[[], Any], Callable[[], Any]]
     x, codes = (value.contiguous(**layout) for value in _inputs(size))
     weight, bias = torch.randn(shape).to(size.dtype).contiguous(**layout), torch.zeros(shape[0])
     scale, integers = torch.ones(shape[0]), torch.randint(-127, 128, shape, dtype=torch.int8)
-    packed = prepack_conv2d(integers, scale, *size.geometry, list(size.x_shape))
-    tail = (list(shape), *size.geometry, size.dtype)
+    call = conv2d_call(integers, scale, bias, 1.0, 0, size.geometry, list(size.x_shape), size.dtype)
     narrow = bias.to(size.dtype)
     geometry = size.geometry
 
     def integer() -> None:
         if size.quantized_alone:
             x.to(torch.uint8)
-        qdiff.x86_conv2d.default(codes, packed, scale, bias, 1.0, 0, *tail)
+        call(codes)
 
     return integer, lambda: aten.conv2d.default(x, weight, narrow, *geometry)
 
@@ -72,13 +72,13 @@ def _linear_runs(size: LayerSize) -> tuple[Callable[[], Any], Callable[[], Any]]
     weights = [torch.randn(shape).to(size.dtype) for shape in size.weight_shapes]
     biases = [torch.zeros(shape[0], dtype=size.dtype) for shape in size.weight_shapes]
     outputs = sum(shape[0] for shape in size.weight_shapes)
-    packed = prepack_linear(torch.randint(-127, 128, (outputs, size.x_shape[-1]), dtype=torch.int8))
-    scale, bias = torch.ones(outputs), torch.zeros(outputs)
+    integers = torch.randint(-127, 128, (outputs, size.x_shape[-1]), dtype=torch.int8)
+    call = linear_call(integers, torch.ones(outputs), torch.zeros(outputs), 1.0, 0, size.dtype)
 
     def integer() -> None:
         if size.quantized_alone:
             x.to(torch.uint8)
-        qdiff.x86_linear.default(codes, packed, scale, bias, 1.0, 0, outputs, size.dtype)
+        call(codes)
 
     def carrier() -> None:
         for weight, narrow in zip(weights, biases, strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -13,19 +14,28 @@ _NAMED_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "am
 
 def describe_machine() -> dict[str, str | int]:
     """Processor, instruction sets that matter to kernels, threads in use and library version."""
+    return {
+        "processor": _cpu_fields().get("model name") or platform.processor() or platform.machine(),
+        "isa": " ".join(instruction_sets()) or torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "torch": str(torch.__version__),
+    }
+
+
+def instruction_sets() -> list[str]:
+    """Those that matter to kernels, of this CPU; [] where the system does not tell."""
+    flags = _cpu_fields().get("flags", "").split()
+    return [flag for flag in _NAMED_FLAGS if flag in flags]
+
+
+@cache
+def _cpu_fields() -> dict[str, str]:
     fields: dict[str, str] = {}
     if _CPU_INFO.is_file():
         for line in _CPU_INFO.read_text(errors="replace").splitlines():
             key, _, value = line.partition(":")
             fields.setdefault(key.strip(), value.strip())
-    flags = fields.get("flags", "").split()
-    present = [flag for flag in _NAMED_FLAGS if flag in flags]
-    return {
-        "processor": fields.get("model name") or platform.processor() or platform.machine(),
-        "isa": " ".join(present) or torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "torch": str(torch.__version__),
-    }
+    return fields
 
 
 def machine_signature(device: torch.device) -> str:

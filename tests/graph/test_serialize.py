@@ -210,6 +210,7 @@ def test_an_input_name_that_generated_code_could_trip_over_is_refused(
         "aten.item.default",
         "aten.__class__.x",
         "qdiff.x86_conv2d.default",
+        "qdiff.vnni_conv2d.default",
         "torch.load",
         f"aten.relu.default\n{PAYLOAD}",
     ],

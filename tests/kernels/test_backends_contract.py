@@ -15,7 +15,8 @@ from torch import Tensor, fx, nn
 
 from qdiff_fx.config import QDiffConfig
 from qdiff_fx.graph.signature import CallSignature
-from qdiff_fx.kernels import BACKENDS, reference
+from qdiff_fx.kernels import BACKENDS, reference, x86_calls
+from qdiff_fx.kernels.x86_vnni import load_vnni
 from qdiff_fx.numerics.packing import pack_int4, pack_shifts
 from qdiff_fx.passes.base import PassContext, run_passes
 from qdiff_fx.passes.lower import LOWER
@@ -84,7 +85,7 @@ STORED = ("int8", "int4", "int4-shifted")
 
 
 # The q/dq form has no integer kernels, hence no accumulators: tests/passes/lower/test_qdq.py holds its numbers.
-KERNELS = [name for name in BACKENDS if name not in ("reference", "qdq")]
+KERNELS = [name for name in BACKENDS if name not in ("reference", "qdq", "x86")] + ["x86 vnni", "x86 onednn"]
 
 ZERO_POINTS = [
     # In the cuda kernels a zero point is nothing but a factor of a table; interpreting all three takes half a minute.
@@ -100,12 +101,18 @@ def device_of(backend: str) -> str:
 
 
 @pytest.fixture(params=KERNELS)
-def backend(request: pytest.FixtureRequest) -> str:
-    name: str = request.param
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    name, _, kernels = request.param.partition(" ")
     reason = BACKENDS[name].unavailable(device_of(name))
     if reason is not None:
         assert os.environ["TRITON_INTERPRET"] != "0" or name != "cuda", reason
         pytest.skip(reason)
+    if kernels == "vnni":
+        monkeypatch.setattr(x86_calls, "vnni_available", load_vnni)  # also beside AMX
+        if not load_vnni():
+            pytest.skip("the CPU has no AVX512-VNNI")
+    elif kernels == "onednn":
+        monkeypatch.setattr(x86_calls, "vnni_available", lambda: False)
     return name
 
 

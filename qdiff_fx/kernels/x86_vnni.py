@@ -1,0 +1,131 @@
+"""Convolutions and linears of our own for CPUs with AVX512-VNNI: `qdiff::vnni_conv2d` and `qdiff::vnni_linear`.
+
+A call costs what it computes: oneDNN's operator makes a primitive descriptor every time, 40 to 50 us on layers whose
+arithmetic takes 5 (docs/decisions/012). The operators are C++ (`x86_vnni.cpp`), compiled once a machine by the compiler
+that torch.compile needs too, in three seconds, and kept in the user's cache folder. They take uint8 codes, write
+float32 or bfloat16, and convolve without groups over a multiple of 4 channels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+import warnings
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qdiff_fx.errors import DiskError, QDiffWarning
+from qdiff_fx.kernels.machine import instruction_sets
+from qdiff_fx.safe_io import replacing
+
+CHANNEL_GROUP = 4
+"""Input channels that one instruction multiplies and adds; a layer's must be a multiple."""
+OUTPUT_BLOCK = 32
+"""Outputs that a block of the packed weight has, kLanes of the source."""
+
+_SOURCE = Path(__file__).with_name("x86_vnni.cpp")
+_OPTIONS = (
+    "-O2",
+    "-std=c++20",
+    "-shared",
+    "-fPIC",
+    "-DTORCH_TARGET_VERSION=0x020b000000000000",  # the stable interface of torch 2.11, the oldest that we run on
+)
+
+
+def vnni_available() -> bool:
+    """Whether layers should run on these operators: with AMX oneDNN's multiply several times faster than VNNI can."""
+    return "amx_int8" not in instruction_sets() and load_vnni()
+
+
+@cache
+def load_vnni() -> bool:
+    """Whether the operators can run here; registers them. Without a compiler a warning says so, once."""
+    if "avx512_vnni" not in instruction_sets():
+        return False
+    try:
+        torch.ops.load_library(str(_library()))  # type: ignore[no-untyped-call]
+    except (OSError, DiskError, subprocess.CalledProcessError) as error:
+        detail = getattr(error, "stderr", "") or str(error)
+        warnings.warn(
+            "qdiff_fx's int8 kernels for AVX512-VNNI could not be compiled; layers run on oneDNN's, which take longer "
+            f"where layers are small. torch.compile needs a C++ compiler too (CXX names one): {detail.strip()[-500:]}",
+            QDiffWarning,
+            stacklevel=2,
+        )
+        return False
+    torch.library.register_fake("qdiff::vnni_conv2d", _conv2d_fake)
+    torch.library.register_fake("qdiff::vnni_linear", _linear_fake)
+    return True
+
+
+def pack_vnni(weight: Tensor) -> Tensor:
+    """`weight` [O, C, ...] int8 as [ceil(O / 32), kernel elements, C / 4, 32, 4], outputs filled up with zeros."""
+    outputs, channels = weight.shape[:2]
+    blocks = -(-outputs // OUTPUT_BLOCK)
+    filled = weight.new_zeros(blocks * OUTPUT_BLOCK, channels, weight[0, 0].numel())
+    filled[:outputs] = weight.flatten(2) if weight.dim() > 2 else weight.unsqueeze(2)
+    groups = filled.view(blocks, OUTPUT_BLOCK, channels // CHANNEL_GROUP, CHANNEL_GROUP, -1)
+    return groups.permute(0, 4, 2, 1, 3).contiguous()
+
+
+def pack_constants(offset: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    """[3, outputs filled up] int32: what is added to the sums, and the bits of what they are scaled by and shifted by.
+
+    Args:
+      offset: [O] int32, minus the zero point times the sum of the output's weights.
+      scale: [O] float32, of weight and input together.
+      bias: [O] float32.
+    """
+    rows = torch.stack([offset, scale.view(torch.int32), bias.view(torch.int32)])
+    return torch.nn.functional.pad(rows, (0, -len(offset) % OUTPUT_BLOCK))
+
+
+def _library() -> Path:
+    """The compiled operators. Raises OSError without a compiler, CalledProcessError if it refuses, DiskError."""
+    root = Path(torch.__file__).parent
+    command = [*_compiler(), *_OPTIONS, f"-I{root / 'include'}", f"-L{root / 'lib'}", str(_SOURCE), "-ltorch_cpu"]
+    key = "\0".join([*command, str(torch.__version__)]).encode() + _SOURCE.read_bytes()
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qdiff_fx"
+    path = folder / f"x86_vnni-{hashlib.sha256(key).hexdigest()[:16]}.so"
+    if not path.is_file():
+        with replacing(path) as partial:
+            subprocess.run([*command, "-o", str(partial)], check=True, capture_output=True, text=True)
+    return path
+
+
+def _compiler() -> list[str]:
+    named = shlex.split(os.environ.get("CXX", ""))
+    for command in [named] if named else [["c++"], ["g++"], ["clang++"]]:
+        if shutil.which(command[0]) is not None:
+            return command
+    raise FileNotFoundError(f"no C++ compiler: {named[0] if named else 'c++, g++ or clang++'} is not in PATH")
+
+
+def _conv2d_fake(
+    x: Tensor,
+    weight: Tensor,
+    constants: Tensor,
+    x_zero_point: int,
+    geometry: Sequence[int],
+    output_dtype: torch.dtype,
+) -> Tensor:
+    outputs, *pairs = geometry
+    kernel, stride, padding, dilation = (pairs[start : start + 2] for start in range(0, 8, 2))
+    spatial = [
+        (x.shape[2 + axis] + 2 * padding[axis] - dilation[axis] * (kernel[axis] - 1) - 1) // stride[axis] + 1
+        for axis in (0, 1)
+    ]
+    shape = (x.shape[0], outputs, *spatial)
+    return torch.empty(shape, dtype=output_dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def _linear_fake(x: Tensor, weight: Tensor, constants: Tensor, outputs: int, output_dtype: torch.dtype) -> Tensor:
+    return torch.empty((*x.shape[:-1], outputs), dtype=output_dtype, device=x.device)

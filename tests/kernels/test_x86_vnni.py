@@ -1,0 +1,179 @@
+"""Our own AVX512-VNNI operators: exact sums in every layout, faults refused, and oneDNN's where they cannot be had."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional
+
+from qdiff_fx.errors import QDiffWarning
+from qdiff_fx.kernels import x86_calls, x86_vnni
+from qdiff_fx.kernels.x86_calls import conv2d_call, linear_call
+from qdiff_fx.kernels.x86_vnni import load_vnni, pack_constants, pack_vnni, vnni_available
+
+qdiff = torch.ops.qdiff
+
+
+@pytest.fixture
+def vnni(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not load_vnni():
+        pytest.skip("the CPU has no AVX512-VNNI")
+    monkeypatch.setattr(x86_calls, "vnni_available", load_vnni)
+
+
+def codes(*shape: int) -> Tensor:
+    return torch.randint(0, 256, shape, dtype=torch.uint8)
+
+
+def weights(*shape: int) -> Tensor:
+    return torch.randint(-127, 128, shape, dtype=torch.int8)
+
+
+@pytest.mark.usefixtures("vnni")
+@settings(max_examples=60, deadline=None)
+@given(
+    batch=st.integers(0, 3),
+    groups=st.integers(1, 9),
+    outputs=st.integers(1, 70),
+    height=st.integers(3, 12),
+    width=st.integers(3, 12),
+    kernel=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    stride=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    padding=st.tuples(st.integers(0, 2), st.integers(0, 2)),
+    zero_point=st.integers(0, 255),
+)
+def test_sums_of_convolutions_are_exact(
+    batch: int,
+    groups: int,
+    outputs: int,
+    height: int,
+    width: int,
+    kernel: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    zero_point: int,
+) -> None:
+    x, weight = codes(batch, 4 * groups, height, width), weights(outputs, 4 * groups, *kernel)
+    geometry = (list(stride), list(padding), [1, 1], 1)
+    call = conv2d_call(weight, torch.ones(outputs), None, 1.0, zero_point, geometry, None, torch.float32)
+    assert call.target is qdiff.vnni_conv2d.default
+    wanted = functional.conv2d(x.double() - zero_point, weight.double(), None, stride, padding)
+    result = call(x.contiguous(memory_format=torch.channels_last))
+    assert torch.equal(result.double(), wanted.float().double())  # |sums| may pass 2^24, where float32 rounds
+    assert result.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.usefixtures("vnni")
+@pytest.mark.parametrize("threads", [1, 2])
+def test_views_and_threads_change_nothing(threads: int) -> None:
+    """A slice of channels, an image of plain strides, a transposed sequence; more pixels than one thread's share."""
+    wide = codes(2, 96, 40, 40).contiguous(memory_format=torch.channels_last)
+    weight = weights(64, 64, 3, 3)
+    for padding in ([0, 0], [1, 1]):
+        call = conv2d_call(
+            weight, torch.ones(64), torch.ones(64), 1.0, 5, ([1, 1], padding, [1, 1], 1), None, torch.float32
+        )
+        part = wide[:, 16:80]
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            results = [call(part), call(part.contiguous()), call(part.clone(memory_format=torch.channels_last))]
+        finally:
+            torch.set_num_threads(before)
+        wanted = functional.conv2d(part.double() - 5, weight.double(), None, padding=padding) + 1
+        for result in results:
+            assert torch.equal(result.double(), wanted.float().double())
+    tokens = codes(2, 32, 9).transpose(1, 2)
+    matrix = weights(40, 32)
+    call = linear_call(matrix, torch.ones(40), None, 1.0, 9, torch.float32)
+    assert call.target is qdiff.vnni_linear.default
+    assert torch.equal(call(tokens).double(), (tokens.double() - 9) @ matrix.double().T)
+
+
+@pytest.mark.usefixtures("vnni")
+def test_bfloat16_is_rounded_to_nearest_even() -> None:
+    weight, scale = weights(48, 64), torch.rand(48)
+    x = codes(50, 64)
+    exact = linear_call(weight, scale, None, 0.37, 3, torch.float32)(x)
+    narrow = linear_call(weight, scale, None, 0.37, 3, torch.bfloat16)(x)
+    assert torch.equal(narrow, exact.to(torch.bfloat16))
+
+
+@pytest.mark.usefixtures("vnni")
+def test_tensors_that_do_not_fit_are_refused() -> None:
+    weight = weights(8, 8)
+    constants = pack_constants(torch.zeros(8, dtype=torch.int32), torch.ones(8), torch.zeros(8))
+    packed = pack_vnni(weight)
+    for x, other, table, fault in (
+        (codes(2, 8).to(torch.int8), packed, constants, "uint8"),
+        (codes(2, 6), packed, constants, "multiple of 4"),
+        (codes(2, 12), packed, constants, "int8 codes"),
+        (codes(2, 8), packed, constants.float(), "int32"),
+        (codes(2, 8), packed, constants[:2], "int32"),
+    ):
+        with pytest.raises(RuntimeError, match=fault):
+            qdiff.vnni_linear(x, other, table, 8, torch.float32)
+    with pytest.raises(RuntimeError, match="bfloat16 or float32"):
+        qdiff.vnni_linear(codes(2, 8), packed, constants, 8, torch.float16)
+    with pytest.raises(RuntimeError, match="9 integers"):
+        qdiff.vnni_conv2d(codes(1, 8, 2, 2), packed, constants, 0, [8, 1, 1], torch.float32)
+
+
+@pytest.mark.usefixtures("vnni")
+def test_operators_agree_with_their_fakes() -> None:
+    call = conv2d_call(
+        weights(8, 4, 3, 3), torch.ones(8), None, 1.0, 0, ([2, 1], [1, 0], [1, 2], 1), None, torch.float32
+    )
+    linear = linear_call(weights(8, 4), torch.ones(8), None, 1.0, 0, torch.bfloat16)
+    for subject, x in ((call, codes(2, 4, 9, 8)), (linear, codes(2, 3, 4))):
+        operands = (x, *subject.tensors.values(), *subject.literals)
+        torch.library.opcheck(subject.target, operands, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_layers_that_they_do_not_take_go_to_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(x86_calls, "vnni_available", lambda: True)
+    geometry = ([1, 1], [1, 1], [1, 1])
+    grouped = conv2d_call(weights(8, 4, 3, 3), torch.ones(8), None, 1.0, 0, (*geometry, 2), [1, 8, 4, 4], torch.float32)
+    odd = linear_call(weights(8, 6), torch.ones(8), None, 1.0, 0, torch.float32)
+    assert grouped.target is qdiff.x86_conv2d.default and odd.target is qdiff.x86_linear.default
+
+
+def test_with_amx_onednn_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(x86_vnni, "load_vnni", lambda: True)
+    for present, wanted in ((["avx512_vnni"], True), (["avx512_vnni", "amx_int8"], False)):
+        monkeypatch.setattr(x86_vnni, "instruction_sets", lambda present=present: present)
+        assert vnni_available() is wanted
+
+
+@pytest.mark.parametrize("fault", ["no compiler", "not C++", "no folder"])
+def test_without_a_library_a_warning_says_why(fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(x86_vnni, "instruction_sets", lambda: ["avx512_vnni"])
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    wanted = "no C\\+\\+ compiler: no-such-compiler"
+    if fault == "no compiler":
+        monkeypatch.setenv("CXX", "no-such-compiler -O3")
+    elif fault == "not C++":
+        source = tmp_path / "wrong.cpp"
+        source.write_text("this is not C++\n")
+        monkeypatch.setattr(x86_vnni, "_SOURCE", source)
+        wanted = "wrong.cpp"
+    else:
+        (tmp_path / "qdiff_fx").write_text("a file where the folder should be")
+        wanted = "cannot be written"
+    with pytest.warns(QDiffWarning, match=wanted):
+        assert not load_vnni.__wrapped__()
+    assert not list(tmp_path.glob("qdiff_fx/*"))
+
+
+@pytest.mark.usefixtures("vnni")
+def test_the_library_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    first = x86_vnni._library()
+    written = first.stat().st_mtime_ns
+    assert x86_vnni._library() == first and first.stat().st_mtime_ns == written
+    assert [path.name for path in (tmp_path / "qdiff_fx").iterdir()] == [first.name]
