@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from qdiff_fx.kernels.x86 import prepack_conv2d, prepack_linear
-from qdiff_fx.kernels.x86_vnni import CHANNEL_GROUP, pack_constants, pack_vnni, vnni_available
+from qdiff_fx.kernels.x86_vnni import CHANNEL_GROUP, pack_vnni, vnni_available
 
 qdiff = torch.ops.qdiff
 Geometry = tuple[list[int], list[int], list[int], int]
@@ -106,4 +106,4 @@ def _vnni_tensors(
 ) -> dict[str, Tensor | None]:
     offset = -x_zero_point * weight.flatten(1).sum(1, dtype=torch.int32)
     added = torch.zeros_like(weight_scale) if bias is None else bias
-    return {"weight": pack_vnni(weight), "constants": pack_constants(offset, weight_scale * x_scale, added)}
+    return {"weight": pack_vnni(weight, offset, weight_scale * x_scale, added)}

@@ -5,9 +5,9 @@
 // offset[o] = -zero_point * sum of w[o], so that the sums are exact before they are scaled. A block of kRows pixels by
 // kLanes outputs stays in registers over all taps and channels; inputs are pixels of contiguous channels (NHWC), read
 // where they lie. Padded inputs are copied once, with the zero point around them. Linears are 1x1 convolutions of one
-// row of pixels. The weight is int8 [blocks, taps, channels / 4, kLanes, 4]: blocks of kLanes outputs, the last one
-// filled up with zeros. Offset, scale and bias are the rows of one int32 tensor, the latter two by their bits: fewer
-// arguments, since small layers take no longer than their call.
+// row of pixels. All that a layer keeps is one tensor of bytes, since small layers take no longer than their call: codes
+// [blocks, taps, channels / 4, kLanes, 4], blocks of kLanes outputs, the last one filled up with zeros, and behind them
+// offset (int32), scale and bias (float32), filled up likewise.
 
 #include <immintrin.h>
 
@@ -50,8 +50,8 @@ struct Source {
 struct Weight {
   const int8_t* codes;
   const int32_t* offset;
-  const int32_t* scale; // bits of float32, as those of bias
-  const int32_t* bias;
+  const float* scale;
+  const float* bias;
   int64_t outputs;
 };
 
@@ -110,8 +110,7 @@ VNNI void block(const Source& source, const Weight& weight, const Target& target
     const int64_t at = first + 16 * v, left = weight.outputs - at;
     if (left <= 0) break;
     const __mmask16 kept = left >= 16 ? 0xffff : static_cast<__mmask16>((1u << left) - 1);
-    const __m512 scale = _mm512_castsi512_ps(_mm512_loadu_si512(weight.scale + at));
-    const __m512 bias = _mm512_castsi512_ps(_mm512_loadu_si512(weight.bias + at));
+    const __m512 scale = _mm512_loadu_ps(weight.scale + at), bias = _mm512_loadu_ps(weight.bias + at);
 #pragma GCC unroll 12
     for (int r = 0; r < kRows; ++r) {
       const __m512 value = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[r][v]), scale, bias);
@@ -194,14 +193,14 @@ void pad(const Tensor& x, int64_t pad_y, int64_t pad_x, uint8_t fill, std::vecto
   });
 }
 
-Weight weight_of(const Tensor& codes, const Tensor& constants, int64_t taps, int64_t channels, int64_t outputs) {
-  const int64_t filled = (outputs + kLanes - 1) / kLanes * kLanes;
-  STD_TORCH_CHECK(codes.scalar_type() == ScalarType::Char && codes.numel() == filled * taps * channels,
-                  "weight: want ", filled * taps * channels, " int8 codes");
-  STD_TORCH_CHECK(constants.scalar_type() == ScalarType::Int && constants.numel() == 3 * filled,
-                  "constants: want int32 [3, ", filled, "]");
-  const auto* offset = static_cast<const int32_t*>(constants.const_data_ptr());
-  return {static_cast<const int8_t*>(codes.const_data_ptr()), offset, offset + filled, offset + 2 * filled, outputs};
+Weight weight_of(const Tensor& packed, int64_t taps, int64_t channels, int64_t outputs) {
+  const int64_t filled = (outputs + kLanes - 1) / kLanes * kLanes, codes = filled * taps * channels;
+  STD_TORCH_CHECK(packed.scalar_type() == ScalarType::Char && packed.numel() == codes + 12 * filled,
+                  "weight: want ", codes + 12 * filled, " packed bytes");
+  const auto* bytes = static_cast<const int8_t*>(packed.const_data_ptr());
+  const auto* offset = reinterpret_cast<const int32_t*>(bytes + codes);
+  const auto* scale = reinterpret_cast<const float*>(offset + filled);
+  return {bytes, offset, scale, scale + filled, outputs};
 }
 
 Target target_of(const Tensor& y) {
@@ -223,8 +222,7 @@ Tensor empty(const int64_t* sizes, const int64_t* strides, int64_t dimensions, S
 }
 
 // geometry: outputs, then height and width of kernel, stride, padding and dilation.
-Tensor conv2d(Tensor x, Tensor codes, Tensor constants, int64_t zero_point, std::vector<int64_t> geometry,
-              ScalarType dtype) {
+Tensor conv2d(Tensor x, Tensor weight, int64_t zero_point, std::vector<int64_t> geometry, ScalarType dtype) {
   const int64_t channels = x.size(1);
   check_input(x, channels, dtype);
   STD_TORCH_CHECK(geometry.size() == 9, "geometry: want 9 integers");
@@ -249,11 +247,11 @@ Tensor conv2d(Tensor x, Tensor codes, Tensor constants, int64_t zero_point, std:
   for (int64_t i = 0; i < kernel_y; ++i)
     for (int64_t j = 0; j < kernel_x; ++j)
       source.taps.push_back(i * dilation_y * source.row + j * dilation_x * source.pixel);
-  run(source, weight_of(codes, constants, kernel_y * kernel_x, channels, outputs), target_of(y));
+  run(source, weight_of(weight, kernel_y * kernel_x, channels, outputs), target_of(y));
   return y;
 }
 
-Tensor linear(Tensor x, Tensor codes, Tensor constants, int64_t outputs, ScalarType dtype) {
+Tensor linear(Tensor x, Tensor weight, int64_t outputs, ScalarType dtype) {
   const int64_t dimensions = x.dim(), channels = x.size(dimensions - 1);
   check_input(x, channels, dtype);
   if (!x.is_contiguous()) x = torch::stable::contiguous(x);
@@ -264,7 +262,7 @@ Tensor linear(Tensor x, Tensor codes, Tensor constants, int64_t outputs, ScalarT
   const int64_t rows = channels == 0 ? 0 : x.numel() / channels;
   const Source source{static_cast<const uint8_t*>(x.const_data_ptr()), 0, 0, channels, 1, std::max<int64_t>(1, rows), 1, 1,
                       {0}, channels, rows};
-  run(source, weight_of(codes, constants, 1, channels, outputs), target_of(y));
+  run(source, weight_of(weight, 1, channels, outputs), target_of(y));
   return y;
 }
 
@@ -272,9 +270,8 @@ Tensor linear(Tensor x, Tensor codes, Tensor constants, int64_t outputs, ScalarT
 
 STABLE_TORCH_LIBRARY_FRAGMENT(qdiff, library) {
   library.def(
-      "vnni_conv2d(Tensor x, Tensor weight, Tensor constants, int x_zero_point, int[] geometry, "
-      "ScalarType output_dtype) -> Tensor");
-  library.def("vnni_linear(Tensor x, Tensor weight, Tensor constants, int outputs, ScalarType output_dtype) -> Tensor");
+      "vnni_conv2d(Tensor x, Tensor weight, int x_zero_point, int[] geometry, ScalarType output_dtype) -> Tensor");
+  library.def("vnni_linear(Tensor x, Tensor weight, int outputs, ScalarType output_dtype) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(qdiff, CPU, library) {

@@ -66,26 +66,26 @@ def load_vnni() -> bool:
     return True
 
 
-def pack_vnni(weight: Tensor) -> Tensor:
-    """`weight` [O, C, ...] int8 as [ceil(O / 32), kernel elements, C / 4, 32, 4], outputs filled up with zeros."""
+def pack_vnni(weight: Tensor, offset: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    """All that a layer keeps as bytes: int8 [N].
+
+    Codes [ceil(O / 32), kernel elements, C / 4, 32, 4], then `offset`, `scale` and `bias`; outputs are filled up with
+    zeros to whole blocks of 32.
+
+    Args:
+      weight: [O, C, ...] int8.
+      offset: [O] int32, what is added to the sums: minus the zero point times the sum of the output's weights.
+      scale: [O] float32, of weight and input together.
+      bias: [O] float32.
+    """
     outputs, channels = weight.shape[:2]
     blocks = -(-outputs // OUTPUT_BLOCK)
     filled = weight.new_zeros(blocks * OUTPUT_BLOCK, channels, weight[0, 0].numel())
     filled[:outputs] = weight.flatten(2) if weight.dim() > 2 else weight.unsqueeze(2)
     groups = filled.view(blocks, OUTPUT_BLOCK, channels // CHANNEL_GROUP, CHANNEL_GROUP, -1)
-    return groups.permute(0, 4, 2, 1, 3).contiguous()
-
-
-def pack_constants(offset: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    """[3, outputs filled up] int32: what is added to the sums, and the bits of what they are scaled by and shifted by.
-
-    Args:
-      offset: [O] int32, minus the zero point times the sum of the output's weights.
-      scale: [O] float32, of weight and input together.
-      bias: [O] float32.
-    """
     rows = torch.stack([offset, scale.view(torch.int32), bias.view(torch.int32)])
-    return torch.nn.functional.pad(rows, (0, -len(offset) % OUTPUT_BLOCK))
+    rows = torch.nn.functional.pad(rows, (0, -outputs % OUTPUT_BLOCK))
+    return torch.cat([groups.permute(0, 4, 2, 1, 3).flatten(), rows.view(torch.int8).flatten()])
 
 
 def _library() -> Path:
@@ -112,7 +112,6 @@ def _compiler() -> list[str]:
 def _conv2d_fake(
     x: Tensor,
     weight: Tensor,
-    constants: Tensor,
     x_zero_point: int,
     geometry: Sequence[int],
     output_dtype: torch.dtype,
@@ -127,5 +126,5 @@ def _conv2d_fake(
     return torch.empty(shape, dtype=output_dtype, device=x.device, memory_format=torch.channels_last)
 
 
-def _linear_fake(x: Tensor, weight: Tensor, constants: Tensor, outputs: int, output_dtype: torch.dtype) -> Tensor:
+def _linear_fake(x: Tensor, weight: Tensor, outputs: int, output_dtype: torch.dtype) -> Tensor:
     return torch.empty((*x.shape[:-1], outputs), dtype=output_dtype, device=x.device)

@@ -14,7 +14,7 @@ from torch.nn import functional
 from qdiff_fx.errors import QDiffWarning
 from qdiff_fx.kernels import x86_calls, x86_vnni
 from qdiff_fx.kernels.x86_calls import conv2d_call, linear_call
-from qdiff_fx.kernels.x86_vnni import load_vnni, pack_constants, pack_vnni, vnni_available
+from qdiff_fx.kernels.x86_vnni import load_vnni, pack_vnni, vnni_available
 
 qdiff = torch.ops.qdiff
 
@@ -106,22 +106,20 @@ def test_bfloat16_is_rounded_to_nearest_even() -> None:
 
 @pytest.mark.usefixtures("vnni")
 def test_tensors_that_do_not_fit_are_refused() -> None:
-    weight = weights(8, 8)
-    constants = pack_constants(torch.zeros(8, dtype=torch.int32), torch.ones(8), torch.zeros(8))
-    packed = pack_vnni(weight)
-    for x, other, table, fault in (
-        (codes(2, 8).to(torch.int8), packed, constants, "uint8"),
-        (codes(2, 6), packed, constants, "multiple of 4"),
-        (codes(2, 12), packed, constants, "int8 codes"),
-        (codes(2, 8), packed, constants.float(), "int32"),
-        (codes(2, 8), packed, constants[:2], "int32"),
+    packed = pack_vnni(weights(8, 8), torch.zeros(8, dtype=torch.int32), torch.ones(8), torch.zeros(8))
+    for x, weight, fault in (
+        (codes(2, 8).to(torch.int8), packed, "uint8"),
+        (codes(2, 6), packed, "multiple of 4"),
+        (codes(2, 12), packed, "packed bytes"),
+        (codes(2, 8), packed[:-1], "packed bytes"),
+        (codes(2, 8), packed.float(), "packed bytes"),
     ):
         with pytest.raises(RuntimeError, match=fault):
-            qdiff.vnni_linear(x, other, table, 8, torch.float32)
+            qdiff.vnni_linear(x, weight, 8, torch.float32)
     with pytest.raises(RuntimeError, match="bfloat16 or float32"):
-        qdiff.vnni_linear(codes(2, 8), packed, constants, 8, torch.float16)
+        qdiff.vnni_linear(codes(2, 8), packed, 8, torch.float16)
     with pytest.raises(RuntimeError, match="9 integers"):
-        qdiff.vnni_conv2d(codes(1, 8, 2, 2), packed, constants, 0, [8, 1, 1], torch.float32)
+        qdiff.vnni_conv2d(codes(1, 8, 2, 2), packed, 0, [8, 1, 1], torch.float32)
 
 
 @pytest.mark.usefixtures("vnni")
