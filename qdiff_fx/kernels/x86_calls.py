@@ -1,7 +1,6 @@
 """Which operator runs an integer layer on x86, and what it is called with: our own VNNI kernels, or oneDNN's.
 
-Our own where the CPU has AVX512-VNNI and no AMX, for layers without groups over a multiple of 4 channels; the rest goes
-to oneDNN (docs/decisions/012).
+Our own where the CPU has AVX512-VNNI and no AMX, oneDNN's elsewhere (docs/decisions/012).
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qdiff_fx.kernels.x86 import prepack_conv2d, prepack_linear
-from qdiff_fx.kernels.x86_vnni import CHANNEL_GROUP, pack_vnni, vnni_available
+from qdiff_fx.kernels.x86_vnni import pack_vnni, vnni_available
 
 qdiff = torch.ops.qdiff
 Geometry = tuple[list[int], list[int], list[int], int]
@@ -60,12 +59,12 @@ def conv2d_call(
       x_shape: [B, C, H, W] that oneDNN's weight is laid out for.
       output_dtype: one of OUTPUT_DTYPES.
     """
-    stride, padding, dilation, groups = geometry
-    if groups == 1 and _by_vnni(weight.shape[1]):
-        sizes = [weight.shape[0], *weight.shape[2:], *stride, *padding, *dilation]
-        tensors = _vnni_tensors(weight, weight_scale, bias, x_scale, x_zero_point)
+    if vnni_available():
+        stride, padding, dilation, groups = geometry
+        sizes = [weight.shape[0], *weight.shape[2:], *stride, *padding, *dilation, groups]
+        packed = _pack_groups(weight, weight_scale, bias, x_scale, x_zero_point, groups)
         literals = (x_zero_point, sizes, output_dtype)
-        return KernelCall(target=qdiff.vnni_conv2d.default, tensors=tensors, literals=literals)
+        return KernelCall(target=qdiff.vnni_conv2d.default, tensors={"weight": packed}, literals=literals)
     return KernelCall(
         target=qdiff.x86_conv2d.default,
         tensors={
@@ -86,10 +85,11 @@ def linear_call(
     output_dtype: torch.dtype,
 ) -> KernelCall:
     """A linear by `weight` [O, C] int8; arguments as for `conv2d_call`."""
-    outputs, channels = weight.shape
-    if _by_vnni(channels):
-        tensors = _vnni_tensors(weight, weight_scale, bias, x_scale, x_zero_point)
-        return KernelCall(target=qdiff.vnni_linear.default, tensors=tensors, literals=(outputs, output_dtype))
+    outputs = weight.shape[0]
+    if vnni_available():
+        packed = _pack_groups(weight, weight_scale, bias, x_scale, x_zero_point, 1)
+        literals = (outputs, output_dtype)
+        return KernelCall(target=qdiff.vnni_linear.default, tensors={"weight": packed}, literals=literals)
     return KernelCall(
         target=qdiff.x86_linear.default,
         tensors={"weight": prepack_linear(weight), "scale": weight_scale, "bias": bias},
@@ -97,13 +97,11 @@ def linear_call(
     )
 
 
-def _by_vnni(channels: int) -> bool:
-    return channels % CHANNEL_GROUP == 0 and vnni_available()
-
-
-def _vnni_tensors(
-    weight: Tensor, weight_scale: Tensor, bias: Tensor | None, x_scale: float, x_zero_point: int
-) -> dict[str, Tensor | None]:
+def _pack_groups(
+    weight: Tensor, weight_scale: Tensor, bias: Tensor | None, x_scale: float, x_zero_point: int, groups: int
+) -> Tensor:
     offset = -x_zero_point * weight.flatten(1).sum(1, dtype=torch.int32)
     added = torch.zeros_like(weight_scale) if bias is None else bias
-    return {"weight": pack_vnni(weight, offset, weight_scale * x_scale, added)}
+    tensors = (weight, offset, weight_scale * x_scale, added)
+    parts = [pack_vnni(*part) for part in zip(*(tensor.chunk(groups) for tensor in tensors), strict=True)]
+    return parts[0] if groups == 1 else torch.cat(parts)

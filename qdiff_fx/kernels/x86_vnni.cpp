@@ -2,12 +2,12 @@
 //
 //   y[p, o] = float(offset[o] + sum over taps t and channels c of x[p + t, c] * w[o, t, c]) * scale[o] + bias[o]
 //
-// offset[o] = -zero_point * sum of w[o], so that the sums are exact before they are scaled. A block of kRows pixels by
+// offset[o] = -zero_point * sum of w[o], so that the sums are exact before they are scaled. A block of some pixels by
 // kLanes outputs stays in registers over all taps and channels; inputs are pixels of contiguous channels (NHWC), read
-// where they lie. Padded inputs are copied once, with the zero point around them. Linears are 1x1 convolutions of one
-// row of pixels. All that a layer keeps is one tensor of bytes, since small layers take no longer than their call: codes
-// [blocks, taps, channels / 4, kLanes, 4], blocks of kLanes outputs, the last one filled up with zeros, and behind them
-// offset (int32), scale and bias (float32), filled up likewise.
+// where they lie. Inputs with a border, of other strides, or of channels that four does not divide are copied once, with
+// the zero point around them. Linears are 1x1 convolutions of one row of pixels. All that a layer keeps is one tensor of
+// bytes, since small layers take no longer than their call; for each group codes [blocks, taps, channels / 4, kLanes, 4], outputs and
+// channels filled up with zeros, and behind them offset (int32), scale and bias (float32), filled up likewise.
 
 #include <immintrin.h>
 
@@ -31,17 +31,31 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t kRows = 12;
 constexpr int64_t kVectors = 2;
 constexpr int64_t kLanes = 16 * kVectors;
+constexpr int64_t kRows = 12;                // pixels of a block: its sums fill 24 of 32 registers
+constexpr int64_t kFewRows = 4;              // of a layer that has no more pixels
 constexpr int64_t kChunk = 8 * kRows;        // pixels that one block of weights is kept for
 constexpr int64_t kGrain = int64_t{1} << 20; // multiplications that are worth a thread
+
+int64_t filled_up(int64_t count, int64_t whole) { return (count + whole - 1) / whole * whole; }
+
+// Codes [batch, channels, height, width]; distances in bytes.
+struct Input {
+  const uint8_t* data;
+  int64_t batch, channels, height, width;
+  int64_t by_image, by_channel, by_row, by_pixel;
+};
+
+struct Window {
+  int64_t kernel_y, kernel_x, stride_y, stride_x, pad_y, pad_x, dilation_y, dilation_x;
+};
 
 // What the sums are made from: `taps` rows of `channels` bytes a pixel, at these distances from its first.
 struct Source {
   const uint8_t* data;
-  int64_t image, row, pixel; // bytes from one to the next
-  int64_t out_height, out_width, stride_y, stride_x;
+  int64_t by_image, by_row, by_pixel; // from one pixel of the result to the next
+  int64_t out_height, out_width;
   std::vector<int64_t> taps;
   int64_t channels;
   int64_t pixels;
@@ -57,6 +71,7 @@ struct Weight {
 
 struct Target {
   char* data;
+  int64_t row; // outputs of a pixel, of all groups
   bool bfloat16;
 };
 
@@ -74,28 +89,29 @@ VNNI inline __m256i round_to_bfloat16(__m512 value) {
   return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
 }
 
-// kLanes outputs, from `first` on, of kRows pixels. `rows` may name a pixel twice.
+// kLanes outputs, from `first` on, of kBlock pixels. `rows` may name a pixel twice.
+template <int64_t kBlock>
 VNNI void block(const Source& source, const Weight& weight, const Target& target, int64_t first,
                 const uint8_t* const* rows, const int64_t* pixels) {
-  __m512i sums[kRows][kVectors];
+  __m512i sums[kBlock][kVectors];
 #pragma GCC unroll 2
   for (int v = 0; v < kVectors; ++v) {
     const __m512i start = _mm512_loadu_si512(weight.offset + first + 16 * v);
 #pragma GCC unroll 12
-    for (int r = 0; r < kRows; ++r) sums[r][v] = start;
+    for (int r = 0; r < kBlock; ++r) sums[r][v] = start;
   }
   const int64_t groups = source.channels / 4;
   const int8_t* codes = weight.codes + first * 4 * groups * static_cast<int64_t>(source.taps.size());
   for (const int64_t tap : source.taps) {
-    const uint8_t* row[kRows];
+    const uint8_t* row[kBlock];
 #pragma GCC unroll 12
-    for (int r = 0; r < kRows; ++r) row[r] = rows[r] + tap;
+    for (int r = 0; r < kBlock; ++r) row[r] = rows[r] + tap;
     for (int64_t g = 0; g < groups; ++g, codes += 4 * kLanes) {
       __m512i lanes[kVectors];
 #pragma GCC unroll 2
       for (int v = 0; v < kVectors; ++v) lanes[v] = _mm512_loadu_si512(codes + 64 * v);
 #pragma GCC unroll 12
-      for (int r = 0; r < kRows; ++r) {
+      for (int r = 0; r < kBlock; ++r) {
         int32_t four;
         std::memcpy(&four, row[r] + 4 * g, sizeof four);
         const __m512i x = _mm512_set1_epi32(four);
@@ -112,9 +128,9 @@ VNNI void block(const Source& source, const Weight& weight, const Target& target
     const __mmask16 kept = left >= 16 ? 0xffff : static_cast<__mmask16>((1u << left) - 1);
     const __m512 scale = _mm512_loadu_ps(weight.scale + at), bias = _mm512_loadu_ps(weight.bias + at);
 #pragma GCC unroll 12
-    for (int r = 0; r < kRows; ++r) {
+    for (int r = 0; r < kBlock; ++r) {
       const __m512 value = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[r][v]), scale, bias);
-      const int64_t element = pixels[r] * weight.outputs + at;
+      const int64_t element = pixels[r] * target.row + at;
       if (target.bfloat16) {
         _mm256_mask_storeu_epi16(target.data + 2 * element, kept, round_to_bfloat16(value));
       } else {
@@ -125,92 +141,83 @@ VNNI void block(const Source& source, const Weight& weight, const Target& target
 }
 
 // All outputs of blocks [begin, end) of the chunk of pixels that starts at `start`.
+template <int64_t kBlock>
 void chunk(const Source& source, const Weight& weight, const Target& target, int64_t start, int64_t begin,
            int64_t end) {
   std::array<const uint8_t*, kChunk> rows;
   std::array<int64_t, kChunk> pixels;
   const int64_t last = source.pixels - 1;
-  const int64_t count = (std::min(kChunk, source.pixels - start) + kRows - 1) / kRows * kRows;
+  const int64_t count = filled_up(std::min(kChunk, source.pixels - start), kBlock);
   int64_t x = start % source.out_width, y = start / source.out_width;
   int64_t image = y / source.out_height;
   y %= source.out_height;
   for (int64_t i = 0; i < count; ++i) {
     pixels[i] = std::min(start + i, last);
-    rows[i] = source.data + image * source.image + y * source.stride_y * source.row + x * source.stride_x * source.pixel;
+    rows[i] = source.data + image * source.by_image + y * source.by_row + x * source.by_pixel;
     if (start + i < last && ++x == source.out_width) {
       x = 0;
       if (++y == source.out_height) y = 0, ++image;
     }
   }
   for (int64_t b = begin; b < end; ++b)
-    for (int64_t i = 0; i < count; i += kRows)
-      block(source, weight, target, b * kLanes, rows.data() + i, pixels.data() + i);
+    for (int64_t i = 0; i < count; i += kBlock)
+      block<kBlock>(source, weight, target, b * kLanes, rows.data() + i, pixels.data() + i);
 }
 
 void run(const Source& source, const Weight& weight, const Target& target) {
   if (source.pixels == 0) return;
-  const int64_t blocks = (weight.outputs + kLanes - 1) / kLanes;
-  const int64_t chunks = (source.pixels + kChunk - 1) / kChunk;
-  const int64_t work = kChunk * kLanes * source.channels * static_cast<int64_t>(source.taps.size());
+  const int64_t blocks = filled_up(weight.outputs, kLanes) / kLanes, chunks = filled_up(source.pixels, kChunk) / kChunk;
+  const int64_t pixels = std::min(source.pixels, kChunk);
+  const int64_t work = pixels * kLanes * source.channels * static_cast<int64_t>(source.taps.size());
+  const auto part = source.pixels <= kFewRows ? chunk<kFewRows> : chunk<kRows>;
   torch::stable::parallel_for(0, chunks * blocks, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, work)),
                               [&](int64_t begin, int64_t end) {
                                 while (begin < end) {
                                   const int64_t index = begin / blocks, first = begin % blocks;
                                   const int64_t stop = std::min(blocks, first + end - begin);
-                                  chunk(source, weight, target, index * kChunk, first, stop);
+                                  part(source, weight, target, index * kChunk, first, stop);
                                   begin += stop - first;
                                 }
                               });
 }
 
-// `x` [B, C, H, W] of any strides as bytes [B, H + 2 * padding, W + 2 * padding, C], the border filled with `fill`.
-void pad(const Tensor& x, int64_t pad_y, int64_t pad_x, uint8_t fill, std::vector<uint8_t>& to) {
-  const int64_t batch = x.size(0), channels = x.size(1), height = x.size(2), width = x.size(3);
-  const int64_t rows = height + 2 * pad_y, row_bytes = (width + 2 * pad_x) * channels;
-  to.resize(static_cast<size_t>(batch * rows * row_bytes));
-  const auto* from = static_cast<const uint8_t*>(x.const_data_ptr());
-  const int64_t by_image = x.stride(0), by_channel = x.stride(1), by_row = x.stride(2), by_pixel = x.stride(3);
-  torch::stable::parallel_for(0, batch * rows, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, row_bytes)),
-                              [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      uint8_t* out = to.data() + i * row_bytes;
-      const int64_t y = i % rows - pad_y;
-      if (y < 0 || y >= height) {
-        std::memset(out, fill, static_cast<size_t>(row_bytes));
-        continue;
-      }
-      const uint8_t* in = from + i / rows * by_image + y * by_row;
-      std::memset(out, fill, static_cast<size_t>(pad_x * channels));
-      out += pad_x * channels;
-      if (by_channel == 1 && by_pixel == channels) {
-        std::memcpy(out, in, static_cast<size_t>(width * channels));
-      } else {
-        for (int64_t p = 0; p < width; ++p)
-          for (int64_t c = 0; c < channels; ++c) out[p * channels + c] = in[p * by_pixel + c * by_channel];
-      }
-      std::memset(out + width * channels, fill, static_cast<size_t>(pad_x * channels));
-    }
-  });
+// The input as [B, H + 2 * padding, W + 2 * padding, channels filled up to fours], the border filled with `fill`.
+Input padded(const Input& input, int64_t pad_y, int64_t pad_x, uint8_t fill, std::vector<uint8_t>& to) {
+  const int64_t channels = filled_up(input.channels, 4);
+  const int64_t height = input.height + 2 * pad_y, width = input.width + 2 * pad_x, by_row = width * channels;
+  const auto border = static_cast<size_t>(pad_x * channels);
+  to.resize(static_cast<size_t>(input.batch * height * by_row));
+  torch::stable::parallel_for(
+      0, input.batch * height, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, by_row)), [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+          uint8_t* out = to.data() + i * by_row;
+          const int64_t y = i % height - pad_y;
+          if (y < 0 || y >= input.height) {
+            std::memset(out, fill, static_cast<size_t>(by_row));
+            continue;
+          }
+          const uint8_t* in = input.data + i / height * input.by_image + y * input.by_row;
+          std::memset(out, fill, border);
+          out += border;
+          if (input.by_channel == 1 && input.by_pixel == channels) {
+            std::memcpy(out, in, static_cast<size_t>(input.width * channels));
+            out += input.width * channels;
+          } else {
+            for (int64_t p = 0; p < input.width; ++p, out += channels, in += input.by_pixel)
+              for (int64_t c = 0; c < channels; ++c) out[c] = c < input.channels ? in[c * input.by_channel] : 0;
+          }
+          std::memset(out, fill, border);
+        }
+      });
+  return {to.data(), input.batch, channels, height, width, height * by_row, 1, by_row, channels};
 }
 
-Weight weight_of(const Tensor& packed, int64_t taps, int64_t channels, int64_t outputs) {
-  const int64_t filled = (outputs + kLanes - 1) / kLanes * kLanes, codes = filled * taps * channels;
-  STD_TORCH_CHECK(packed.scalar_type() == ScalarType::Char && packed.numel() == codes + 12 * filled,
-                  "weight: want ", codes + 12 * filled, " packed bytes");
-  const auto* bytes = static_cast<const int8_t*>(packed.const_data_ptr());
-  const auto* offset = reinterpret_cast<const int32_t*>(bytes + codes);
+// Of one group.
+Weight weight_of(const int8_t* bytes, int64_t depth, int64_t outputs) {
+  const int64_t filled = filled_up(outputs, kLanes);
+  const auto* offset = reinterpret_cast<const int32_t*>(bytes + filled * depth);
   const auto* scale = reinterpret_cast<const float*>(offset + filled);
   return {bytes, offset, scale, scale + filled, outputs};
-}
-
-Target target_of(const Tensor& y) {
-  return {static_cast<char*>(y.mutable_data_ptr()), y.scalar_type() == ScalarType::BFloat16};
-}
-
-void check_input(const Tensor& x, int64_t channels, ScalarType dtype) {
-  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Byte, "x: want uint8 codes");
-  STD_TORCH_CHECK(channels % 4 == 0, "x: want a multiple of 4 channels, got ", channels);
-  STD_TORCH_CHECK(dtype == ScalarType::BFloat16 || dtype == ScalarType::Float, "output: want bfloat16 or float32");
 }
 
 Tensor empty(const int64_t* sizes, const int64_t* strides, int64_t dimensions, ScalarType dtype) {
@@ -221,48 +228,67 @@ Tensor empty(const int64_t* sizes, const int64_t* strides, int64_t dimensions, S
   return Tensor(handle);
 }
 
-// geometry: outputs, then height and width of kernel, stride, padding and dilation.
+const uint8_t* codes_of(const Tensor& x, ScalarType dtype) {
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Byte, "x: want uint8 codes");
+  STD_TORCH_CHECK(dtype == ScalarType::BFloat16 || dtype == ScalarType::Float, "output: want bfloat16 or float32");
+  return static_cast<const uint8_t*>(x.const_data_ptr());
+}
+
+// `y` is dense, channels last. Groups follow each other in it and in `packed`, and run one by one.
+void convolve(const Input& x, const Window& window, uint8_t zero_point, int64_t groups, int64_t out_height,
+              int64_t out_width, const Tensor& packed, int64_t outputs, const Tensor& y) {
+  thread_local std::vector<uint8_t> copy;
+  const int64_t own = outputs / groups, depth = window.kernel_y * window.kernel_x * filled_up(x.channels / groups, 4);
+  const int64_t bytes = filled_up(own, kLanes) * (depth + 12);
+  STD_TORCH_CHECK(packed.scalar_type() == ScalarType::Char && packed.numel() == groups * bytes, "weight: want ",
+                  groups * bytes, " packed bytes");
+  Target target{static_cast<char*>(y.mutable_data_ptr()), outputs, y.scalar_type() == ScalarType::BFloat16};
+  for (int64_t group = 0; group < groups; ++group, target.data += own * (target.bfloat16 ? 2 : 4)) {
+    Input input = x;
+    input.channels /= groups;
+    input.data += group * input.channels * input.by_channel;
+    if (window.pad_y || window.pad_x || input.by_channel != 1 || input.channels % 4)
+      input = padded(input, window.pad_y, window.pad_x, zero_point, copy);
+    Source source{input.data, input.by_image, input.by_row * window.stride_y, input.by_pixel * window.stride_x,
+                  out_height, out_width, {}, input.channels, input.batch * out_height * out_width};
+    for (int64_t i = 0; i < window.kernel_y; ++i)
+      for (int64_t j = 0; j < window.kernel_x; ++j)
+        source.taps.push_back(i * window.dilation_y * input.by_row + j * window.dilation_x * input.by_pixel);
+    run(source, weight_of(static_cast<const int8_t*>(packed.const_data_ptr()) + group * bytes, depth, own), target);
+  }
+}
+
+// geometry: outputs, then height and width of kernel, stride, padding and dilation, then groups.
 Tensor conv2d(Tensor x, Tensor weight, int64_t zero_point, std::vector<int64_t> geometry, ScalarType dtype) {
-  const int64_t channels = x.size(1);
-  check_input(x, channels, dtype);
-  STD_TORCH_CHECK(geometry.size() == 9, "geometry: want 9 integers");
-  const auto [outputs, kernel_y, kernel_x, stride_y, stride_x, pad_y, pad_x, dilation_y, dilation_x] =
-      *reinterpret_cast<const std::array<int64_t, 9>*>(geometry.data());
-  const int64_t height = x.size(2) + 2 * pad_y, width = x.size(3) + 2 * pad_x;
-  const int64_t out_height = (height - dilation_y * (kernel_y - 1) - 1) / stride_y + 1;
-  const int64_t out_width = (width - dilation_x * (kernel_x - 1) - 1) / stride_x + 1;
+  const uint8_t* codes = codes_of(x, dtype);
+  STD_TORCH_CHECK(geometry.size() == 10, "geometry: want 10 integers");
+  const int64_t* numbers = geometry.data();
+  const int64_t outputs = numbers[0], groups = numbers[9];
+  const Window window{numbers[1], numbers[2], numbers[3], numbers[4], numbers[5], numbers[6], numbers[7], numbers[8]};
+  STD_TORCH_CHECK(window.stride_y > 0 && window.stride_x > 0, "geometry: want positive strides");
+  STD_TORCH_CHECK(groups > 0 && x.size(1) % groups == 0 && outputs % groups == 0, "geometry: want groups that divide");
+  const int64_t span_y = window.dilation_y * (window.kernel_y - 1), span_x = window.dilation_x * (window.kernel_x - 1);
+  const int64_t out_height = (x.size(2) + 2 * window.pad_y - span_y - 1) / window.stride_y + 1;
+  const int64_t out_width = (x.size(3) + 2 * window.pad_x - span_x - 1) / window.stride_x + 1;
   const int64_t sizes[] = {x.size(0), outputs, out_height, out_width};
   const int64_t strides[] = {outputs * out_height * out_width, 1, outputs * out_width, outputs};
   Tensor y = empty(sizes, strides, 4, dtype);
-  Source source{static_cast<const uint8_t*>(x.const_data_ptr()), x.stride(0), x.stride(2), x.stride(3),
-                out_height, out_width, stride_y, stride_x, {}, channels, x.size(0) * out_height * out_width};
-  thread_local std::vector<uint8_t> padded;
-  if (pad_y || pad_x || x.stride(1) != 1) {
-    pad(x, pad_y, pad_x, static_cast<uint8_t>(zero_point), padded);
-    source.data = padded.data();
-    source.pixel = channels;
-    source.row = width * channels;
-    source.image = height * source.row;
-  }
-  for (int64_t i = 0; i < kernel_y; ++i)
-    for (int64_t j = 0; j < kernel_x; ++j)
-      source.taps.push_back(i * dilation_y * source.row + j * dilation_x * source.pixel);
-  run(source, weight_of(weight, kernel_y * kernel_x, channels, outputs), target_of(y));
+  const Input input{codes, x.size(0), x.size(1), x.size(2), x.size(3), x.stride(0), x.stride(1), x.stride(2), x.stride(3)};
+  convolve(input, window, static_cast<uint8_t>(zero_point), groups, out_height, out_width, weight, outputs, y);
   return y;
 }
 
 Tensor linear(Tensor x, Tensor weight, int64_t outputs, ScalarType dtype) {
-  const int64_t dimensions = x.dim(), channels = x.size(dimensions - 1);
-  check_input(x, channels, dtype);
   if (!x.is_contiguous()) x = torch::stable::contiguous(x);
+  const uint8_t* codes = codes_of(x, dtype);
+  const int64_t dimensions = x.dim(), channels = x.size(dimensions - 1);
   std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end()), strides(sizes.size(), 1);
   sizes.back() = outputs;
   for (int64_t i = dimensions - 2; i >= 0; --i) strides[i] = strides[i + 1] * std::max<int64_t>(1, sizes[i + 1]);
   Tensor y = empty(sizes.data(), strides.data(), dimensions, dtype);
-  const int64_t rows = channels == 0 ? 0 : x.numel() / channels;
-  const Source source{static_cast<const uint8_t*>(x.const_data_ptr()), 0, 0, channels, 1, std::max<int64_t>(1, rows), 1, 1,
-                      {0}, channels, rows};
-  run(source, weight_of(weight, 1, channels, outputs), target_of(y));
+  const int64_t rows = x.numel() / std::max<int64_t>(1, channels);
+  const Input input{codes, 1, channels, 1, rows, 0, 1, 0, channels};
+  convolve(input, {1, 1, 1, 1, 0, 0, 1, 1}, 0, 1, 1, rows, weight, outputs, y);
   return y;
 }
 

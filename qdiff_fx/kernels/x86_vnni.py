@@ -2,8 +2,8 @@
 
 A call costs what it computes: oneDNN's operator makes a primitive descriptor every time, 40 to 50 us on layers whose
 arithmetic takes 5 (docs/decisions/012). The operators are C++ (`x86_vnni.cpp`), compiled once a machine by the compiler
-that torch.compile needs too, in three seconds, and kept in the user's cache folder. They take uint8 codes, write
-float32 or bfloat16, and convolve without groups over a multiple of 4 channels.
+that torch.compile needs too, in three seconds, and kept in the user's cache folder. They take uint8 codes and
+write float32 or bfloat16.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from qdiff_fx.kernels.machine import instruction_sets
 from qdiff_fx.safe_io import replacing
 
 CHANNEL_GROUP = 4
-"""Input channels that one instruction multiplies and adds; a layer's must be a multiple."""
+"""Input channels that one instruction multiplies and adds."""
 OUTPUT_BLOCK = 32
 """Outputs that a block of the packed weight has, kLanes of the source."""
 
@@ -67,10 +67,10 @@ def load_vnni() -> bool:
 
 
 def pack_vnni(weight: Tensor, offset: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    """All that a layer keeps as bytes: int8 [N].
+    """All that a layer, or one group of it, keeps as bytes: int8 [N]; groups follow each other.
 
-    Codes [ceil(O / 32), kernel elements, C / 4, 32, 4], then `offset`, `scale` and `bias`; outputs are filled up with
-    zeros to whole blocks of 32.
+    Codes [ceil(O / 32), kernel elements, ceil(C / 4), 32, 4], then `offset`, `scale` and `bias`; outputs and channels
+    are filled up with zeros to whole blocks of 32 and 4.
 
     Args:
       weight: [O, C, ...] int8.
@@ -79,13 +79,14 @@ def pack_vnni(weight: Tensor, offset: Tensor, scale: Tensor, bias: Tensor) -> Te
       bias: [O] float32.
     """
     outputs, channels = weight.shape[:2]
-    blocks = -(-outputs // OUTPUT_BLOCK)
-    filled = weight.new_zeros(blocks * OUTPUT_BLOCK, channels, weight[0, 0].numel())
-    filled[:outputs] = weight.flatten(2) if weight.dim() > 2 else weight.unsqueeze(2)
-    groups = filled.view(blocks, OUTPUT_BLOCK, channels // CHANNEL_GROUP, CHANNEL_GROUP, -1)
+    kernel = weight[0, 0].numel()
+    blocks, groups = -(-outputs // OUTPUT_BLOCK), -(-channels // CHANNEL_GROUP)
+    filled = weight.new_zeros(blocks * OUTPUT_BLOCK, groups * CHANNEL_GROUP, kernel)
+    filled[:outputs, :channels] = weight.reshape(outputs, channels, kernel)
+    codes = filled.view(blocks, OUTPUT_BLOCK, groups, CHANNEL_GROUP, kernel).permute(0, 4, 2, 1, 3)
     rows = torch.stack([offset, scale.view(torch.int32), bias.view(torch.int32)])
     rows = torch.nn.functional.pad(rows, (0, -outputs % OUTPUT_BLOCK))
-    return torch.cat([groups.permute(0, 4, 2, 1, 3).flatten(), rows.view(torch.int8).flatten()])
+    return torch.cat([codes.flatten(), rows.view(torch.int8).flatten()])
 
 
 def _library() -> Path:
@@ -116,7 +117,7 @@ def _conv2d_fake(
     geometry: Sequence[int],
     output_dtype: torch.dtype,
 ) -> Tensor:
-    outputs, *pairs = geometry
+    outputs, *pairs, _ = geometry
     kernel, stride, padding, dilation = (pairs[start : start + 2] for start in range(0, 8, 2))
     spatial = [
         (x.shape[2 + axis] + 2 * padding[axis] - dilation[axis] * (kernel[axis] - 1) - 1) // stride[axis] + 1

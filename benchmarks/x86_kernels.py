@@ -1,0 +1,123 @@
+"""Integer layers on our own VNNI kernels and on oneDNN's, layer by layer: what a call takes, interleaved.
+
+    OMP_NUM_THREADS=1 python benchmarks/x86_kernels.py --out docs/results-x86-kernels.json
+
+Shapes of the bundled models, DDPM CIFAR-10 and Stable Diffusion 1.5 at batch 2; bf16 is written. oneDNN's weights are
+packed for the very shape. The table is written beside the JSON as .md.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from provenance import origin
+from qdiff_fx.autotune.timer import interleaved, processor_seconds
+from qdiff_fx.kernels import x86_calls
+from qdiff_fx.kernels.x86_calls import KernelCall, conv2d_call, linear_call
+from qdiff_fx.kernels.x86_vnni import load_vnni
+from qdiff_fx.report.tables import markdown_table
+from qdiff_fx.safe_io import write_bytes, write_json
+
+CONVS = (
+    (32, 28, 32, 3, 1),
+    (32, 28, 64, 3, 2),
+    (96, 28, 32, 1, 1),
+    (64, 14, 64, 3, 1),
+    (96, 7, 96, 3, 1),
+    (96, 7, 96, 1, 1),
+    (128, 32, 128, 3, 1),
+    (256, 16, 256, 3, 1),
+    (256, 8, 256, 3, 1),
+    (320, 32, 320, 3, 1),
+    (640, 16, 640, 3, 1),
+    (1280, 8, 1280, 3, 1),
+    (320, 64, 320, 3, 1),
+    (1920, 16, 640, 1, 1),
+)
+"""Channels, pixels a side, outputs, kernel, stride."""
+LINEARS = (
+    (2, 128, 128),
+    (98, 96, 288),
+    (512, 256, 256),
+    (2, 1280, 1280),
+    (2048, 320, 320),
+    (512, 640, 5120),
+    (128, 1280, 1280),
+)
+"""Rows, features, outputs."""
+HEADER = ("layer", "oneDNN, us", "ours, us", "oneDNN takes", "ours, GOPS")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    if not load_vnni():
+        parser.error("this CPU has no AVX512-VNNI, or there is no C++ compiler")
+    torch.manual_seed(0)
+    rows = [measure_conv(*case) for case in CONVS] + [measure_linear(*case) for case in LINEARS]
+    results = {"rows": rows} | origin(0)
+    write_json(arguments.out, results)
+    text = table(results)
+    write_bytes(arguments.out.with_suffix(".md"), text.encode())
+    print(text)
+
+
+def measure_conv(channels: int, side: int, outputs: int, kernel: int, stride: int) -> dict[str, Any]:
+    shape, padding = [2, channels, side, side], kernel // 2
+    x = torch.randint(0, 256, shape, dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
+    weight = torch.randint(-127, 128, (outputs, channels, kernel, kernel), dtype=torch.int8)
+    geometry = ([stride, stride], [padding, padding], [1, 1], 1)
+    operands = (weight, torch.rand(outputs), torch.rand(outputs), 0.1, 7, geometry, shape, torch.bfloat16)
+    name = f"conv {kernel}x{kernel}, {channels} to {outputs}, {side}x{side}" + (", stride 2" if stride == 2 else "")
+    return measure(name, x, [conv2d_call, *operands], channels * kernel * kernel)
+
+
+def measure_linear(rows: int, features: int, outputs: int) -> dict[str, Any]:
+    x = torch.randint(0, 256, (rows, features), dtype=torch.uint8)
+    weight = torch.randint(-127, 128, (outputs, features), dtype=torch.int8)
+    operands = (weight, torch.rand(outputs), torch.rand(outputs), 0.1, 7, torch.bfloat16)
+    return measure(f"linear, {rows} rows, {features} to {outputs}", x, [linear_call, *operands], features)
+
+
+def measure(name: str, x: torch.Tensor, make: Sequence[Any], depth: int) -> dict[str, Any]:
+    calls: list[KernelCall] = []
+    for own in (False, True):
+        with patch.object(x86_calls, "vnni_available", lambda own=own: own):
+            calls.append(make[0](*make[1:]))
+    with torch.inference_mode():
+        onednn, ours = interleaved(
+            [lambda: calls[0](x), lambda: calls[1](x)], processor_seconds, warm_up=5, least=15, budget=0.5
+        )
+        operations = 2 * calls[1](x).numel() * depth
+    return {"layer": name, "onednn_us": 1e6 * onednn, "ours_us": 1e6 * ours, "operations": operations}
+
+
+def table(results: Mapping[str, Any]) -> str:
+    machine = results["machine"]
+    cells = [
+        [
+            row["layer"],
+            f"{row['onednn_us']:.0f}",
+            f"{row['ours_us']:.0f}",
+            f"{row['onednn_us'] / row['ours_us']:.2f}x",
+            f"{row['operations'] / row['ours_us'] / 1e3:.0f}",
+        ]
+        for row in results["rows"]
+    ]
+    return (
+        f"# Integer layers on x86: our kernels and oneDNN's\n\nWritten by `{results['command']}` (commit "
+        f"`{results['commit']}`; {machine['processor']}, {machine['isa']}, {machine['threads']} thread(s), torch "
+        f"{machine['torch']}): medians of interleaved calls, bf16 written, weights packed for the shape. GOPS count a "
+        f"multiplication and an addition as two.\n\n{markdown_table(HEADER, cells, numeric=range(1, len(HEADER)))}\n"
+    )
+
+
+if __name__ == "__main__":
+    main()
