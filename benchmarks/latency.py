@@ -109,6 +109,7 @@ def main() -> None:
     parser.add_argument("--backends", nargs="+", choices=["x86", "openvino"], default=["x86"])
     parser.add_argument("--carriers", nargs="+", choices=list(CARRIERS), default=["bf16"])
     parser.add_argument("--autotune", action="store_true", help="also arms whose layers choose int8 or the carrier")
+    parser.add_argument("--packages", action="store_true", help="also arms that are compiled ahead of time")
     parser.add_argument("--peers", action="store_true", help="also other tools' int8 networks (extra [peers])")
     parser.add_argument("--memory", action="store_true", help="also the peak memory of loading and one step")
     arguments = parser.parse_args()
@@ -157,6 +158,9 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
             plain = qdiff_fx.load(folders[label], "x86")
             achieved = achieved or achieved_gops(plain, {**cast(inputs, dtype), "timestep": timestep})
             add(label, plain.compile(), dtype)
+            if options.packages:
+                file = Path(work.name, f"{label}.pt2")
+                add(f"{label} package", qdiff_fx.load(folders[label], "x86").package(file), dtype)
             if options.autotune:
                 add(f"{label}, autotuned", qdiff_fx.load(folders[label], "x86", autotune=True).compile(), dtype)
         if "openvino" in options.backends:
@@ -283,7 +287,8 @@ def table(results: Mapping[str, Any]) -> str:
         "",
         "Written by `python benchmarks/latency.py CASE ... --out docs/results-latency.json`: one UNet step, arms",
         "interleaved in one process, medians. The arm `w4a8 bf16` has 4-bit weights, 8-bit activations, bf16 carrier;",
-        "it runs on the x86 backend under torch.compile, `w4a8 bf16 openvino` on the openvino backend.",
+        "it runs on the x86 backend under torch.compile, `w4a8 bf16 package` there too, compiled ahead of time,",
+        "`w4a8 bf16 openvino` on the openvino backend.",
         "Ours is compiled by `quantized.compile()`, which leaves out guards and stride checks on the model's tensors,",
         "the others by torch.compile(fullgraph=True), which has them: it matters where a step takes milliseconds.",
         "SQNR is against fp32 on one random input without calibration data: it compares arms, not methods.",

@@ -59,9 +59,10 @@ def future_folder(path: Path, option: str = "--out") -> Path:
     return path
 
 
-def picture_file(path: Path, option: str = "--out") -> Path:
-    """`path`, which will be a PNG file; nothing is made. Raises ConfigError for another suffix, or a folder there."""
-    if path.suffix.lower() != ".png" or path.is_dir():
-        raise ConfigError(f"{option} {path}: want the name of a PNG file, such as {path.with_suffix('.png').name}")
+def future_file(path: Path, suffix: str, option: str = "--out") -> Path:
+    """`path`, which will be a file; nothing is made. Raises ConfigError for another suffix, or a folder there."""
+    if path.suffix.lower() != suffix or path.is_dir():
+        wanted = path.with_suffix(suffix).name
+        raise ConfigError(f"{option} {path}: want the name of a {suffix[1:].upper()} file, such as {wanted}")
     future_folder(path.parent, option)
     return path

@@ -8,9 +8,11 @@ from argparse import Namespace
 from pathlib import Path
 
 import qdiff_fx
+from qdiff_fx.ahead_of_time import SUFFIX as PACKAGE_SUFFIX
+from qdiff_fx.ahead_of_time import require_packages
 from qdiff_fx.calibration import CalibrationSet
 from qdiff_fx.cli.collect import add_collect_arguments
-from qdiff_fx.cli.parser import OneLineParser, add_json_argument, future_folder, verb_parser
+from qdiff_fx.cli.parser import OneLineParser, add_json_argument, future_file, future_folder, verb_parser
 from qdiff_fx.cli.pipelines import PipelineSource, add_prompt_arguments, open_model, publish_pipeline
 from qdiff_fx.cli.sources import Source, add_source_arguments, copy_sampling_files, require_full_precision
 from qdiff_fx.config import QDiffConfig
@@ -48,6 +50,12 @@ def parser() -> OneLineParser:
         metavar="DIR",
         help="where a killed or refused run continues from (OUT.work, removed when the model is written)",
     )
+    result.add_argument(
+        "--aot",
+        type=Path,
+        metavar="FILE.pt2",
+        help="also compile for this CPU ahead of time: qdiff_fx.load(OUT, 'x86').compile(package=FILE)",
+    )
     add_collect_arguments(result)
     add_source_arguments(result)
     add_prompt_arguments(result)
@@ -58,12 +66,16 @@ def parser() -> OneLineParser:
 def run(arguments: Namespace) -> None:
     """Quantize and save; say how large the result is.
 
-    Raises: QualityError if the output is ruined and `--accept-quality` is not given; the work is kept.
+    Raises: QualityError if the output is ruined and `--accept-quality` is not given; the work is kept. BackendError if
+      `--aot` is given where nothing can be compiled ahead of time.
     """
     config = QDiffConfig.preset(arguments.preset, target_sqnr=arguments.target_sqnr)
     future_folder(arguments.out)
     if arguments.checkpoint_dir is not None:
         future_folder(arguments.checkpoint_dir, "--checkpoint-dir")
+    if arguments.aot is not None:
+        future_file(arguments.aot, PACKAGE_SUFFIX, "--aot")
+        require_packages()
     source = require_full_precision(open_model(arguments))
     if isinstance(source, PipelineSource):
         source.check_out(arguments.out)
@@ -82,6 +94,8 @@ def run(arguments: Namespace) -> None:
             f"or repeat the command with --accept-quality (the work is kept in {work})"
         )
     _publish(source, built, arguments.out)
+    if arguments.aot is not None:
+        qdiff_fx.load(built, backend="x86").package(arguments.aot)
     if arguments.checkpoint_dir is None:
         _discard(work)
     stored = document["sizes"][arguments.preset]

@@ -7,7 +7,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from qdiff_fx.calibration.progress import progress_bar
-from qdiff_fx.cli.parser import OneLineParser, add_json_argument, picture_file, positive, verb_parser
+from qdiff_fx.cli.parser import OneLineParser, add_json_argument, future_file, positive, verb_parser
 from qdiff_fx.cli.pictures import pipeline_pictures
 from qdiff_fx.cli.pipelines import add_prompt_arguments, is_pipeline, read_prompts
 from qdiff_fx.cli.sources import add_source_arguments, open_source
@@ -39,7 +39,7 @@ def parser() -> OneLineParser:
 
 def run(arguments: Namespace) -> None:
     """Sample and write the picture."""
-    picture_file(arguments.out)
+    future_file(arguments.out, ".png")
     if is_pipeline(arguments.model):
         pictures = pipeline_pictures(arguments)
         save_grid(arguments.out, pictures, columns=8, zoom=1 if pictures.shape[-1] >= _LARGE else 4)

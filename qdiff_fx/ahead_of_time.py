@@ -1,0 +1,157 @@
+"""Compiled code of a network lowered to x86, in a file: an AOTInductor package without weights.
+
+The package holds machine code and no tensors: it reads those of the lowered network that it is given to. A stamp says
+what it fits: this graph with its constants' shapes, this CPU's instruction sets, this version of torch. Another is
+refused, before any of the package's code is loaded. A package is native code all the same: whoever can write the file
+can run what they like, so load only your own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from qdiff_fx.calibration.progress import named_steps
+from qdiff_fx.errors import BackendError, CheckpointError
+from qdiff_fx.graph.edit import get_tensor, shape_of
+from qdiff_fx.graph.propagate import size_hint
+from qdiff_fx.graph.signature import CallSignature
+from qdiff_fx.kernels import select_backend
+from qdiff_fx.kernels.machine import instruction_sets
+from qdiff_fx.kernels.x86_vnni import vnni_available
+from qdiff_fx.safe_io import replacing
+
+SUFFIX = ".pt2"
+_STAMP = "qdiff_fx"
+_METADATA = ".wrapper_metadata.json"
+_MOST_METADATA = 2**20
+_AGAIN = "write it again with package() on this machine"
+
+
+def require_packages() -> None:
+    """Raise BackendError where packages cannot be made: oneDNN packs weights into tensors that no file can refer to."""
+    select_backend("x86", "cpu")
+    if not vnni_available():
+        raise BackendError(
+            "nothing can be compiled ahead of time here: that takes a C++ compiler and a CPU with AVX512-VNNI without "
+            f"AMX; this one has {' '.join(instruction_sets()) or 'none of them'}; use compile()"
+        )
+
+
+def write_package(
+    lowered: fx.GraphModule, signature: CallSignature, path: Path, *, progress: bool | None = False
+) -> None:
+    """Compile `lowered` for every batch and size and write the code to `path`, which ends in .pt2, atomically.
+
+    Raises: BackendError where `require_packages` does, and for dimensions that the exporter makes constant; DiskError.
+    """
+    require_packages()
+    with named_steps("compile ahead of time", total=2, progress=progress) as begin, torch.no_grad():
+        begin("export")
+        program = torch.export.export(lowered, _example(lowered), dynamic_shapes=_dynamic(signature))
+        _require_dynamic(program, signature)
+        begin("compile")
+        with tempfile.TemporaryDirectory() as folder:
+            settings = {
+                "aot_inductor.metadata": {_STAMP: json.dumps(_stamp(lowered))},
+                "aot_inductor.package_constants_in_so": False,
+                "cpp.dynamic_threads": True,
+            }
+            made = str(Path(folder) / f"package{SUFFIX}")
+            torch._inductor.aoti_compile_and_package(program, package_path=made, inductor_configs=settings)
+            with replacing(path) as partial:
+                shutil.copyfile(made, partial)
+
+
+def read_package(lowered: fx.GraphModule, path: Path) -> Callable[..., Any]:
+    """The code at `path` as a function of flat inputs, bound to the tensors of `lowered`.
+
+    Raises: CheckpointError if the file is no package of ours; BackendError if it fits another network or machine.
+    """
+    written, wanted = _read_stamp(path), _stamp(lowered)
+    for key, value in wanted.items():
+        if written.get(key) != value:
+            raise BackendError(f"{path}: compiled for {key} {written.get(key)!r:.80}, here it is {value!r}; {_AGAIN}")
+    code = torch._inductor.aoti_load_package(str(path))
+    held = _constants(lowered)
+    code.load_constants(
+        {name: held[name] for name in code.get_constant_fqns()}, check_full_update=True, user_managed=True
+    )
+
+    def call(*inputs: Tensor, _held: Mapping[str, Tensor] = held) -> Any:
+        # Compiled for the strides that exported inputs had: plain ones. The code keeps pointers to `_held`.
+        return code.loader.boxed_run([value.detach().contiguous() for value in inputs])
+
+    return call
+
+
+def _constants(lowered: fx.GraphModule) -> dict[str, Tensor]:
+    names = dict.fromkeys(str(node.target) for node in lowered.graph.nodes if node.op == "get_attr")
+    return {name: get_tensor(lowered, name).detach() for name in names}
+
+
+def _stamp(lowered: fx.GraphModule) -> dict[str, str]:
+    """What a package must agree on; literals, such as zero points, are in the graph's code."""
+    sizes = [
+        f"{name} {tensor.dtype} {list(tensor.shape)} {list(tensor.stride())}"
+        for name, tensor in _constants(lowered).items()
+    ]
+    text = "\n".join([lowered.code, *sizes])
+    return {
+        "package format": "1",
+        "torch": str(torch.__version__),
+        "instruction sets": " ".join(instruction_sets()),
+        "network": hashlib.sha256(text.encode()).hexdigest(),
+    }
+
+
+def _read_stamp(path: Path) -> Mapping[str, Any]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            found = [item for item in archive.infolist() if item.filename.endswith(_METADATA)]
+            if len(found) != 1 or found[0].file_size > _MOST_METADATA:
+                raise CheckpointError(f"{path}: no compiled package of qdiff_fx; {_AGAIN}")
+            stamp = json.loads(json.loads(archive.read(found[0]))[_STAMP])
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error}); check the path") from error
+    except (zipfile.BadZipFile, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: no compiled package of qdiff_fx ({error}); {_AGAIN}") from error
+    if not isinstance(stamp, dict):
+        raise CheckpointError(f"{path}: no compiled package of qdiff_fx; {_AGAIN}")
+    return stamp
+
+
+def _example(lowered: fx.GraphModule) -> tuple[Tensor, ...]:
+    """Numbers of the inputs' sizes; none is 1 where it may vary, since the exporter makes constants of ones."""
+    found = []
+    for node in lowered.graph.nodes:
+        if node.op == "placeholder":
+            sizes = [size if isinstance(size, int) else max(2, size_hint(size)) for size in shape_of(node) or ()]
+            found.append(torch.ones(sizes, dtype=node.meta["val"].dtype))
+    return tuple(found)
+
+
+def _dynamic(signature: CallSignature) -> tuple[dict[int, Any], ...]:
+    automatic = torch.export.Dim.AUTO
+    return tuple({axis: automatic for axis, size in enumerate(item.shape) if size is None} for item in signature.inputs)
+
+
+def _require_dynamic(program: torch.export.ExportedProgram, signature: CallSignature) -> None:
+    inputs = set(program.graph_signature.user_inputs)
+    nodes = [node for node in program.graph.nodes if node.op == "placeholder" and node.name in inputs]
+    for node, item in zip(nodes, signature.inputs, strict=True):
+        for axis, size in enumerate(item.shape):
+            if size is None and isinstance(node.meta["val"].shape[axis], int):
+                raise BackendError(
+                    f"{item.name}: dimension {axis} became the constant {node.meta['val'].shape[axis]} in export; "
+                    f"use compile(), which compiles anew where it must"
+                )

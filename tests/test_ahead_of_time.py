@@ -1,0 +1,141 @@
+"""Packages: the same results for every batch and size without compiling again, bound to one network and machine."""
+
+from __future__ import annotations
+
+import copy
+import json
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import qdiff_fx
+from qdiff_fx import ahead_of_time
+from qdiff_fx.errors import BackendError, CheckpointError, InputError
+from qdiff_fx.kernels import BACKENDS
+from qdiff_fx.kernels.x86_vnni import vnni_available
+from subjects import signal_to_noise, sketch_inputs
+
+_REASON = BACKENDS["x86"].unavailable("cpu") or (None if vnni_available() else "no AVX512-VNNI without AMX here")
+pytestmark = pytest.mark.skipif(_REASON is not None, reason=str(_REASON))
+
+
+def inputs(batch: int, height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(batch)
+    return torch.randn(batch, 2, height, width), torch.linspace(1.0, 900.0, batch)
+
+
+@pytest.fixture(scope="module")
+def model(sketch: nn.Module) -> qdiff_fx.QuantizedUNet:
+    prepared = qdiff_fx.prepare(sketch, qdiff_fx.QDiffConfig.preset("w4a8"), example_inputs=sketch_inputs())
+    prepared(*sketch_inputs())
+    return qdiff_fx.convert(prepared, backend="x86")
+
+
+@pytest.fixture(scope="module")
+def package(model: qdiff_fx.QuantizedUNet, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("package") / "code.pt2"
+    copy.deepcopy(model).package(path, progress=False)
+    return path
+
+
+def test_every_batch_and_size_runs_the_same_code(model: qdiff_fx.QuantizedUNet, package: Path, tmp_path: Path) -> None:
+    qdiff_fx.save(model, tmp_path / "stored")
+    loaded = qdiff_fx.load(tmp_path / "stored", "x86").compile(package=package)
+    for batch, height, width in ((2, 8, 8), (1, 8, 8), (3, 8, 16), (5, 16, 12)):
+        sample, timestep = inputs(batch, height, width)
+        wanted, result = model(sample, timestep), loaded(sample, timestep)
+        assert result.shape == wanted.shape and result.dtype == wanted.dtype
+        # Fused kernels round the carrier elsewhere; a few codes move. 8 bits hold about 40 dB.
+        assert signal_to_noise(wanted, result) > 30.0
+    flipped = inputs(2, 8, 8)[0].contiguous(memory_format=torch.channels_last)
+    assert torch.equal(loaded(flipped, timestep[:2]), loaded(flipped.contiguous(), timestep[:2]))
+
+
+def test_the_package_holds_no_weights_and_a_copy_lets_go_of_it(
+    model: qdiff_fx.QuantizedUNet, package: Path, sketch: nn.Module
+) -> None:
+    packaged = copy.deepcopy(model).compile(package=package)
+    sample, timestep = inputs(2, 8, 8)
+    before = packaged(sample, timestep)
+    for tensor in packaged.lowered.buffers():
+        tensor.zero_()
+    assert not torch.equal(packaged(sample, timestep), before)
+    assert copy.deepcopy(packaged)._packaged is None
+
+
+def test_another_network_machine_or_torch_is_refused(
+    model: qdiff_fx.QuantizedUNet, package: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = copy.deepcopy(model.plan)
+    node = next(node for node in plan.graph.nodes if str(node.target) == "qdiff.conv2d.default")
+    node.args = (*node.args[:7], node.args[7] + 1, *node.args[8:])  # a zero point
+    plan.recompile()
+    shell = {"signature": model.signature, "output": model.output, "model_config": {}, "returns_dict": False}
+    other = qdiff_fx.QuantizedUNet(plan, model.qdiff_config, backend="x86", **shell)
+    with pytest.raises(BackendError, match="compiled for network"):
+        other.compile(package=package)
+    monkeypatch.setattr(ahead_of_time, "instruction_sets", lambda: ["avx512_vnni", "amx_int8"])
+    with pytest.raises(BackendError, match=r"instruction sets .* here it is 'avx512_vnni amx_int8'"):
+        copy.deepcopy(model).compile(package=package)
+    monkeypatch.undo()
+    monkeypatch.setattr(torch, "__version__", "9.9")
+    with pytest.raises(BackendError, match="compiled for torch"):
+        copy.deepcopy(model).compile(package=package)
+
+
+def test_other_files_are_refused_before_they_are_loaded(
+    model: qdiff_fx.QuantizedUNet, package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(path: str) -> None:
+        raise AssertionError(f"{path} was loaded")
+
+    monkeypatch.setattr(torch._inductor, "aoti_load_package", never)
+    (tmp_path / "text.pt2").write_text("not a package")
+    with zipfile.ZipFile(tmp_path / "other.pt2", "w") as archive:
+        archive.writestr("readme", "nothing")
+    with zipfile.ZipFile(tmp_path / "foreign.pt2", "w") as archive:
+        archive.writestr("a.wrapper_metadata.json", json.dumps({"AOTI_MACHINE": "x86_64"}))
+    with zipfile.ZipFile(tmp_path / "list.pt2", "w") as archive:
+        archive.writestr("a.wrapper_metadata.json", json.dumps({"qdiff_fx": "[]"}))
+    with zipfile.ZipFile(package) as archive, zipfile.ZipFile(tmp_path / "edited.pt2", "w") as edited:
+        for item in archive.infolist():
+            content = archive.read(item)
+            if item.filename.endswith(".wrapper_metadata.json"):
+                content = json.dumps({"qdiff_fx": json.dumps({"package format": "2"})}).encode()
+            edited.writestr(item, content)
+    for name, error in (
+        ("missing", CheckpointError),
+        ("text", CheckpointError),
+        ("other", CheckpointError),
+        ("foreign", CheckpointError),
+        ("list", CheckpointError),
+        ("edited", BackendError),
+    ):
+        with pytest.raises(error, match=f"{name}.pt2"):
+            copy.deepcopy(model).compile(package=tmp_path / f"{name}.pt2")
+
+
+def test_a_dimension_that_export_makes_constant_is_refused(
+    model: qdiff_fx.QuantizedUNet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    static = tuple({} for _ in model.signature.inputs)
+    monkeypatch.setattr(ahead_of_time, "_dynamic", lambda signature: static)
+    with pytest.raises(BackendError, match="became the constant"):
+        copy.deepcopy(model).package(tmp_path / "code.pt2", progress=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_names_backends_and_machines_without_packages(
+    model: qdiff_fx.QuantizedUNet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(InputError, match=r"ends in \.pt2"):
+        model.package(tmp_path / "code.so")
+    qdiff_fx.save(model, tmp_path / "stored")
+    with pytest.raises(BackendError, match="'reference' has no packages"):
+        qdiff_fx.load(tmp_path / "stored", "reference").package(tmp_path / "code.pt2")
+    monkeypatch.setattr(ahead_of_time, "vnni_available", lambda: False)
+    with pytest.raises(BackendError, match="AVX512-VNNI without AMX"):
+        model.package(tmp_path / "code.pt2")
