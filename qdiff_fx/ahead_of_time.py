@@ -62,7 +62,7 @@ def write_package(
         begin("compile")
         with tempfile.TemporaryDirectory() as folder:
             settings = {
-                "aot_inductor.metadata": {_STAMP: json.dumps(_stamp(lowered))},
+                "aot_inductor.metadata": {_STAMP: json.dumps(stamp(lowered))},
                 "aot_inductor.package_constants_in_so": False,
                 "cpp.dynamic_threads": True,
             }
@@ -77,7 +77,7 @@ def read_package(lowered: fx.GraphModule, path: Path) -> Callable[..., Any]:
 
     Raises: CheckpointError if the file is no package of ours; BackendError if it fits another network or machine.
     """
-    written, wanted = _read_stamp(path), _stamp(lowered)
+    written, wanted = _read_stamp(path), stamp(lowered)
     for key, value in wanted.items():
         if written.get(key) != value:
             raise BackendError(f"{path}: compiled for {key} {written.get(key)!r:.80}, here it is {value!r}; {_AGAIN}")
@@ -99,7 +99,7 @@ def _constants(lowered: fx.GraphModule) -> dict[str, Tensor]:
     return {name: get_tensor(lowered, name).detach() for name in names}
 
 
-def _stamp(lowered: fx.GraphModule) -> dict[str, str]:
+def stamp(lowered: fx.GraphModule) -> dict[str, str]:
     """What a package must agree on; literals, such as zero points, are in the graph's code."""
     sizes = [
         f"{name} {tensor.dtype} {list(tensor.shape)} {list(tensor.stride())}"
@@ -120,14 +120,14 @@ def _read_stamp(path: Path) -> Mapping[str, Any]:
             found = [item for item in archive.infolist() if item.filename.endswith(_METADATA)]
             if len(found) != 1 or found[0].file_size > _MOST_METADATA:
                 raise CheckpointError(f"{path}: no compiled package of qdiff_fx; {_AGAIN}")
-            stamp = json.loads(json.loads(archive.read(found[0]))[_STAMP])
+            content = json.loads(json.loads(archive.read(found[0]))[_STAMP])
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error}); check the path") from error
     except (zipfile.BadZipFile, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path}: no compiled package of qdiff_fx ({error}); {_AGAIN}") from error
-    if not isinstance(stamp, dict):
+    if not isinstance(content, dict):
         raise CheckpointError(f"{path}: no compiled package of qdiff_fx; {_AGAIN}")
-    return stamp
+    return content
 
 
 def _example(lowered: fx.GraphModule) -> tuple[Tensor, ...]:

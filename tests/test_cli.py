@@ -13,8 +13,11 @@ import torch
 from diffusers import DDIMScheduler
 from PIL import Image
 
+import qdiff_fx
+from qdiff_fx.ahead_of_time import stamp
 from qdiff_fx.cli import VERBS, main
 from qdiff_fx.cli.quantize import _discard
+from qdiff_fx.kernels import BACKENDS
 from subjects import conditional_unet, unconditional_unet
 
 
@@ -409,3 +412,20 @@ def test_the_demo_leaves_every_file_it_speaks_of(tmp_path: Path, capsys: pytest.
     assert report.count("data:image/png;base64,") == len(document["samples"]) == 4
     assert all((tmp_path / sample["file"]).is_file() for sample in document["samples"])
     assert "open " in shown and all(preset.upper() in shown for preset in ("w4a8", "w8a8"))
+
+
+@pytest.mark.skipif(BACKENDS["x86"].unavailable("cpu") is not None, reason="no x86 backend here")
+def test_quantize_compiles_ahead_of_time_what_it_wrote(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The code must fit the written folder; what it is and does, tests/test_ahead_of_time.py knows."""
+    stamps: list[Any] = []
+    monkeypatch.setattr("qdiff_fx.cli.quantize.require_packages", lambda: None)
+    monkeypatch.setattr("qdiff_fx.model.write_package", lambda lowered, *_, **__: stamps.append(stamp(lowered)))
+    monkeypatch.setattr("qdiff_fx.model.read_package", lambda lowered, path: stamps.append(path))
+    data = str(tmp_path / "data")
+    assert main(["collect", str(model), "--out", data, "--steps", "5", "--timesteps", "3", "--samples", "4"]) == 0
+    command = ["quantize", str(model), "--preset", "w8a8", "--calibration", data, "--out", str(tmp_path / "out")]
+    assert "code.so: want the name of a PT2 file" in error_line(capsys, *command, "--aot", str(tmp_path / "code.so"))
+    assert main([*command, "--aot", str(tmp_path / "code.pt2")]) == 0
+    assert stamps == [stamp(qdiff_fx.load(tmp_path / "out", "x86").lowered), tmp_path / "code.pt2"]
