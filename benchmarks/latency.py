@@ -110,9 +110,18 @@ def main() -> None:
     parser.add_argument("--carriers", nargs="+", choices=list(CARRIERS), default=["bf16"])
     parser.add_argument("--autotune", action="store_true", help="also arms whose layers choose int8 or the carrier")
     parser.add_argument("--packages", action="store_true", help="also arms that are compiled ahead of time")
-    parser.add_argument("--peers", action="store_true", help="also other tools' int8 networks (extra [peers])")
+    parser.add_argument(
+        "--peers",
+        nargs="*",
+        choices=PEERS,
+        default=(),
+        metavar="NAME",
+        help="also other tools' int8 networks (extra [peers]), all of them without a name",
+    )
     parser.add_argument("--memory", action="store_true", help="also the peak memory of loading and one step")
     arguments = parser.parse_args()
+    if arguments.peers == []:
+        arguments.peers = PEERS
     results = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
     for name in arguments.cases:
         torch.manual_seed(0)
@@ -166,7 +175,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
         if "openvino" in options.backends:
             add(f"{label} openvino", qdiff_fx.load(folders[label], "openvino").compile(), dtype)
     failed = {}
-    for label in PEERS if options.peers else ():
+    for label in options.peers:
         try:
             add(label, peers.quantize(label, module, calls(inputs)), torch.float32)
             arms[label]()

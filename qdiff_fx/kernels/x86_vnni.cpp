@@ -129,7 +129,8 @@ VNNI void block(const Source& source, const Weight& weight, const Target& target
     const __m512 scale = _mm512_loadu_ps(weight.scale + at), bias = _mm512_loadu_ps(weight.bias + at);
 #pragma GCC unroll 12
     for (int r = 0; r < kBlock; ++r) {
-      const __m512 value = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[r][v]), scale, bias);
+      // Rounded twice, as the reference does: results have its bits.
+      const __m512 value = _mm512_add_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(sums[r][v]), scale), bias);
       const int64_t element = pixels[r] * target.row + at;
       if (target.bfloat16) {
         _mm256_mask_storeu_epi16(target.data + 2 * element, kept, round_to_bfloat16(value));

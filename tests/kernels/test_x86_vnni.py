@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from qdiff_fx.errors import QDiffWarning
-from qdiff_fx.kernels import x86_calls, x86_vnni
+from qdiff_fx.kernels import reference, x86_calls, x86_vnni
 from qdiff_fx.kernels.x86_calls import conv2d_call, linear_call
 from qdiff_fx.kernels.x86_vnni import load_vnni, pack_vnni, vnni_available
 
@@ -108,12 +108,17 @@ def test_sums_of_linears_are_exact(rows: int, features: int, outputs: int, zero_
 
 
 @pytest.mark.usefixtures("vnni")
-def test_bfloat16_is_rounded_to_nearest_even() -> None:
-    weight, scale = weights(48, 64), torch.rand(48)
-    x = codes(50, 64)
-    exact = linear_call(weight, scale, None, 0.37, 3, torch.float32)(x)
-    narrow = linear_call(weight, scale, None, 0.37, 3, torch.bfloat16)(x)
-    assert torch.equal(narrow, exact.to(torch.bfloat16))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_results_have_the_bits_of_the_reference(dtype: torch.dtype) -> None:
+    x, weight, scale, bias = codes(3, 24, 9, 7), weights(40, 24, 3, 3), torch.rand(40), 100 * torch.randn(40)
+    geometry = ([2, 1], [1, 1], [1, 1], 1)
+    result = conv2d_call(weight, scale, bias, 0.37, 3, geometry, None, dtype)(x)
+    sums = reference.conv2d_accumulator(x, 3, weight, *geometry)
+    assert torch.equal(result, reference.rescale(sums, 0.37, scale, bias, 1, dtype))
+    rows, matrix = codes(50, 24), weights(40, 24)
+    result = linear_call(matrix, scale, None, 0.37, 3, dtype)(rows)
+    sums = reference.linear_accumulator(rows, 3, matrix)
+    assert torch.equal(result, reference.rescale(sums, 0.37, scale, None, 1, dtype))
 
 
 @pytest.mark.usefixtures("vnni")
