@@ -12,7 +12,9 @@ import hashlib
 import json
 import shutil
 import tempfile
+import weakref
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,13 +23,13 @@ import torch
 from torch import Tensor, fx
 
 from qdiff_fx.calibration.progress import named_steps
-from qdiff_fx.errors import BackendError, CheckpointError
+from qdiff_fx.errors import BackendError, CheckpointError, InputError
 from qdiff_fx.graph.edit import get_tensor, shape_of
 from qdiff_fx.graph.propagate import size_hint
 from qdiff_fx.graph.signature import CallSignature
 from qdiff_fx.kernels import select_backend
-from qdiff_fx.kernels.machine import instruction_sets
-from qdiff_fx.kernels.x86_vnni import vnni_available
+from qdiff_fx.kernels.machine import instruction_sets, processor_digest
+from qdiff_fx.kernels.x86_vnni import find_compiler, kernel_digest, vnni_available
 from qdiff_fx.safe_io import replacing
 
 SUFFIX = ".pt2"
@@ -40,10 +42,14 @@ _AGAIN = "write it again with package() on this machine"
 def require_packages() -> None:
     """Raise BackendError where packages cannot be made: oneDNN packs weights into tensors that no file can refer to."""
     select_backend("x86", "cpu")
+    try:
+        find_compiler()
+    except (OSError, ValueError) as error:
+        raise BackendError(f"nothing can be compiled here: {error}; install one, or name it in CXX") from error
     if not vnni_available():
         raise BackendError(
-            "nothing can be compiled ahead of time here: that takes a C++ compiler and a CPU with AVX512-VNNI without "
-            f"AMX; this one has {' '.join(instruction_sets()) or 'none of them'}; use compile()"
+            "nothing can be compiled ahead of time here: that takes a CPU with AVX512-VNNI without AMX, this one has "
+            f"{' '.join(instruction_sets()) or 'none of them'}; use compile()"
         )
 
 
@@ -86,12 +92,28 @@ def read_package(lowered: fx.GraphModule, path: Path) -> Callable[..., Any]:
     code.load_constants(
         {name: held[name] for name in code.get_constant_fqns()}, check_full_update=True, user_managed=True
     )
+    dtypes = [node.meta["val"].dtype for node in _placeholders(lowered)]
 
-    def call(*inputs: Tensor, _held: Mapping[str, Tensor] = held) -> Any:
-        # Compiled for the strides that exported inputs had: plain ones. The code keeps pointers to `_held`.
-        return code.loader.boxed_run([value.detach().contiguous() for value in inputs])
+    def call(*inputs: Tensor) -> Any:
+        for value in inputs:
+            if value.device.type != "cpu":
+                raise InputError(f"an input is on {value.device}, the package runs on cpu; use .to('cpu')")
+        # The code looks at no dtypes and strides: it is compiled for those of the graph, and for plain strides.
+        given = zip(inputs, dtypes, strict=True)
+        return code.loader.boxed_run([value.detach().to(dtype).contiguous() for value, dtype in given])
 
+    weakref.finalize(call, _let_go, tuple(held.values()))
     return call
+
+
+def _let_go(tensors: tuple[Tensor, ...]) -> None:
+    """Empty these names of the network's tensors, not the tensors: AOTInductor never frees what it was lent."""
+    for tensor in tensors:
+        tensor.set_()  # type: ignore[call-overload]
+
+
+def _placeholders(lowered: fx.GraphModule) -> list[fx.Node]:
+    return [node for node in lowered.graph.nodes if node.op == "placeholder"]
 
 
 def _constants(lowered: fx.GraphModule) -> dict[str, Tensor]:
@@ -101,15 +123,21 @@ def _constants(lowered: fx.GraphModule) -> dict[str, Tensor]:
 
 def stamp(lowered: fx.GraphModule) -> dict[str, str]:
     """What a package must agree on; literals, such as zero points, are in the graph's code."""
-    sizes = [
+    inputs = []
+    for node in _placeholders(lowered):
+        sizes = [size if isinstance(size, int) else None for size in shape_of(node) or ()]
+        inputs.append(f"{node.name} {node.meta['val'].dtype} {sizes}")
+    constants = [
         f"{name} {tensor.dtype} {list(tensor.shape)} {list(tensor.stride())}"
         for name, tensor in _constants(lowered).items()
     ]
-    text = "\n".join([lowered.code, *sizes])
+    text = "\n".join([lowered.code, *inputs, *constants])
     return {
         "package format": "1",
         "torch": str(torch.__version__),
         "instruction sets": " ".join(instruction_sets()),
+        "processor": processor_digest(),
+        "kernels": kernel_digest(),
         "network": hashlib.sha256(text.encode()).hexdigest(),
     }
 
@@ -123,7 +151,7 @@ def _read_stamp(path: Path) -> Mapping[str, Any]:
             content = json.loads(json.loads(archive.read(found[0]))[_STAMP])
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error}); check the path") from error
-    except (zipfile.BadZipFile, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (zipfile.BadZipFile, zlib.error, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise CheckpointError(f"{path}: no compiled package of qdiff_fx ({error}); {_AGAIN}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: no compiled package of qdiff_fx; {_AGAIN}")
@@ -133,10 +161,9 @@ def _read_stamp(path: Path) -> Mapping[str, Any]:
 def _example(lowered: fx.GraphModule) -> tuple[Tensor, ...]:
     """Numbers of the inputs' sizes; none is 1 where it may vary, since the exporter makes constants of ones."""
     found = []
-    for node in lowered.graph.nodes:
-        if node.op == "placeholder":
-            sizes = [size if isinstance(size, int) else max(2, size_hint(size)) for size in shape_of(node) or ()]
-            found.append(torch.ones(sizes, dtype=node.meta["val"].dtype))
+    for node in _placeholders(lowered):
+        sizes = [size if isinstance(size, int) else max(2, size_hint(size)) for size in shape_of(node) or ()]
+        found.append(torch.ones(sizes, dtype=node.meta["val"].dtype))
     return tuple(found)
 
 

@@ -220,8 +220,12 @@ class QuantizedUNet(GraphUNet):
         Raises: BackendError for a package of another network, machine or torch; CheckpointError for another file.
         """
         if package is not None:
+            self._require_packages()
+            if options:
+                raise InputError(f"compile(package=) compiles nothing, so it takes no {', '.join(options)}")
             self._packaged = read_package(self.lowered, Path(package))
             return self
+        self._packaged = None
         if not BACKENDS[self.backend].traceable:
             return self
         if options.get("mode") is None:
@@ -244,12 +248,15 @@ class QuantizedUNet(GraphUNet):
           packs weights into tensors that no file can refer to.
         """
         target = Path(path)
-        if target.suffix != PACKAGE_SUFFIX:
+        if target.suffix.lower() != PACKAGE_SUFFIX:
             raise InputError(f"{path}: want a file name that ends in {PACKAGE_SUFFIX}")
-        if self.backend != "x86":
-            raise BackendError(f"backend {self.backend!r} has no packages; lower to 'x86'")
+        self._require_packages()
         write_package(self.lowered, self.signature, target, progress=progress)
         return self.compile(package=target)
+
+    def _require_packages(self) -> None:
+        if self.backend != "x86":
+            raise BackendError(f"backend {self.backend!r} has no packages; lower to 'x86'")
 
     def check_finite(self, enabled: bool = True) -> Self:
         """Raise NonFiniteError, naming the first layer that makes NaN or infinity; returns itself.

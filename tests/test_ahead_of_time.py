@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import zipfile
 from pathlib import Path
@@ -66,6 +67,34 @@ def test_the_package_holds_no_weights_and_a_copy_lets_go_of_it(
     assert copy.deepcopy(packaged)._packaged is None
 
 
+def test_inputs_have_the_types_that_the_code_was_compiled_for(model: qdiff_fx.QuantizedUNet, package: Path) -> None:
+    """Code looks at no dtypes; the flat call casts floating types only."""
+    code = ahead_of_time.read_package(model.lowered, package)
+    sample, timestep = inputs(2, 8, 8)
+    whole = timestep.round()
+    assert torch.equal(code(sample, whole.to(torch.int64))[0], code(sample, whole)[0])
+    with pytest.raises(InputError, match="runs on cpu"):
+        code(sample.to("meta"), timestep)
+
+
+def test_the_tensors_are_let_go_with_the_code(model: qdiff_fx.QuantizedUNet, package: Path) -> None:
+    packaged = copy.deepcopy(model).compile(package=package)
+    tensor = next(iter(packaged.lowered.buffers()))
+    lent = torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
+    packaged._packaged = None
+    gc.collect()
+    assert torch._C._storage_Use_Count(tensor.untyped_storage()._cdata) < lent
+    assert packaged(*inputs(2, 8, 8)).isfinite().all()
+
+
+@pytest.mark.usefixtures("unchecked_shapes")
+def test_the_last_compilation_counts(model: qdiff_fx.QuantizedUNet, package: Path) -> None:
+    packaged = copy.deepcopy(model).compile(package=package)
+    assert packaged._packaged is not None and packaged.compile()._packaged is None
+    with pytest.raises(InputError, match="takes no mode"):
+        packaged.compile(package=package, mode="max-autotune")
+
+
 def test_another_network_machine_or_torch_is_refused(
     model: qdiff_fx.QuantizedUNet, package: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -77,13 +106,26 @@ def test_another_network_machine_or_torch_is_refused(
     other = qdiff_fx.QuantizedUNet(plan, model.qdiff_config, backend="x86", **shell)
     with pytest.raises(BackendError, match="compiled for network"):
         other.compile(package=package)
-    monkeypatch.setattr(ahead_of_time, "instruction_sets", lambda: ["avx512_vnni", "amx_int8"])
-    with pytest.raises(BackendError, match=r"instruction sets .* here it is 'avx512_vnni amx_int8'"):
-        copy.deepcopy(model).compile(package=package)
-    monkeypatch.undo()
-    monkeypatch.setattr(torch, "__version__", "9.9")
-    with pytest.raises(BackendError, match="compiled for torch"):
-        copy.deepcopy(model).compile(package=package)
+    for module, name, value, told in (
+        (
+            ahead_of_time,
+            "instruction_sets",
+            lambda: ["avx512_vnni", "amx_int8"],
+            r"instruction sets .* here it is 'avx512",
+        ),
+        (ahead_of_time, "processor_digest", lambda: "another", "processor"),
+        (ahead_of_time, "kernel_digest", lambda: "another", "kernels"),
+        (torch, "__version__", "9.9", "torch"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, value)
+            with pytest.raises(BackendError, match=f"compiled for {told}"):
+                model.compile(package=package)
+    other = copy.deepcopy(model)
+    sample = next(node for node in other.lowered.graph.nodes if node.op == "placeholder")
+    sample.meta["val"] = sample.meta["val"].to(torch.float64)
+    with pytest.raises(BackendError, match="compiled for network"):
+        other.compile(package=package)
 
 
 def test_other_files_are_refused_before_they_are_loaded(
@@ -136,6 +178,10 @@ def test_names_backends_and_machines_without_packages(
     qdiff_fx.save(model, tmp_path / "stored")
     with pytest.raises(BackendError, match="'reference' has no packages"):
         qdiff_fx.load(tmp_path / "stored", "reference").package(tmp_path / "code.pt2")
+    with monkeypatch.context() as patch:
+        patch.setenv("CXX", "no-such-compiler")
+        with pytest.raises(BackendError, match="no-such-compiler is not in PATH"):
+            model.package(tmp_path / "code.pt2")
     monkeypatch.setattr(ahead_of_time, "vnni_available", lambda: False)
     with pytest.raises(BackendError, match="AVX512-VNNI without AMX"):
         model.package(tmp_path / "code.pt2")

@@ -1,4 +1,4 @@
-"""Integer layers on oneDNN's kernels, weights prepacked."""
+"""Integer layers on x86's kernels, weights packed."""
 
 from __future__ import annotations
 

@@ -21,6 +21,7 @@ from qdiff_fx.autotune.timer import interleaved, processor_seconds
 from qdiff_fx.graph.meta import LayerTiming
 from qdiff_fx.kernels.x86 import OUTPUT_DTYPES
 from qdiff_fx.kernels.x86_calls import conv2d_call, linear_call
+from qdiff_fx.kernels.x86_vnni import vnni_available
 from qdiff_fx.passes.lower.integer_layers import IntegerLayer, integer_layer, sibling_linears
 
 aten = torch.ops.aten
@@ -37,7 +38,8 @@ def subjects(graph_module: fx.GraphModule) -> Iterator[Subject]:
 def _subject(unit: list[IntegerLayer]) -> Subject:
     size = layer_size(unit)
     nodes = tuple(layer.node for layer in unit)
-    return Subject(nodes=nodes, key=size.key, dtype=size.dtype, measure=lambda: measure(size))
+    key = f"vnni {size.key}" if vnni_available() else size.key  # other kernels take another time
+    return Subject(nodes=nodes, key=key, dtype=size.dtype, measure=lambda: measure(size))
 
 
 def measure(size: LayerSize) -> LayerTiming:

@@ -54,7 +54,8 @@ def parser() -> OneLineParser:
         "--aot",
         type=Path,
         metavar="FILE.pt2",
-        help="also compile for this CPU ahead of time: qdiff_fx.load(OUT, 'x86').compile(package=FILE)",
+        help="also compile for this CPU ahead of time; qdiff_fx.load(OUT, 'x86').compile(package=FILE) runs the code "
+        "(OUT/unet of a pipeline)",
     )
     add_collect_arguments(result)
     add_source_arguments(result)
@@ -102,6 +103,8 @@ def run(arguments: Namespace) -> None:
     share = stored / document["sizes"]["fp32"]
     if arguments.json:
         result = {"out": str(arguments.out), "preset": arguments.preset, "bytes": stored, "share_of_fp32": share}
+        if arguments.aot is not None:
+            result["package"] = str(arguments.aot)
         print(json.dumps(result | {"quality": quality, "raises": document["raises"]}, indent=1))
         return
     print(

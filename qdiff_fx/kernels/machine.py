@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 from functools import cache
 from pathlib import Path
@@ -26,6 +27,12 @@ def instruction_sets() -> list[str]:
     """Those that matter to kernels, of this CPU; [] where the system does not tell."""
     flags = _cpu_fields().get("flags", "").split()
     return [flag for flag in _NAMED_FLAGS if flag in flags]
+
+
+def processor_digest() -> str:
+    """Of everything that the CPU says it can do: compilers use more than kernels are written for."""
+    flags = sorted(_cpu_fields().get("flags", "").split())
+    return hashlib.sha256(" ".join(flags).encode()).hexdigest()[:16]
 
 
 @cache

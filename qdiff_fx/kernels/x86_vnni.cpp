@@ -4,10 +4,11 @@
 //
 // offset[o] = -zero_point * sum of w[o], so that the sums are exact before they are scaled. A block of some pixels by
 // kLanes outputs stays in registers over all taps and channels; inputs are pixels of contiguous channels (NHWC), read
-// where they lie. Inputs with a border, of other strides, or of channels that four does not divide are copied once, with
-// the zero point around them. Linears are 1x1 convolutions of one row of pixels. All that a layer keeps is one tensor of
-// bytes, since small layers take no longer than their call; for each group codes [blocks, taps, channels / 4, kLanes, 4], outputs and
-// channels filled up with zeros, and behind them offset (int32), scale and bias (float32), filled up likewise.
+// where they lie. Inputs with a border, of other strides, or of channels that four does not divide are copied once,
+// with the zero point around them, into memory that each calling thread keeps. Linears are 1x1 convolutions of one row
+// of pixels. All that a layer keeps is one tensor of bytes, since small layers take no longer than their call: for each
+// group codes [blocks, taps, channels / 4, kLanes, 4], outputs and channels filled up with zeros, and behind them
+// offset (int32), scale and bias (float32), filled up likewise.
 
 #include <immintrin.h>
 
@@ -15,7 +16,6 @@
 #include <array>
 #include <cstdint>
 #include <cstring>
-#include <optional>
 #include <vector>
 
 #include <torch/csrc/stable/library.h>
@@ -75,10 +75,10 @@ struct Target {
   bool bfloat16;
 };
 
-const bool kBfloat16 = __builtin_cpu_supports("avx512bf16");
+bool has_bfloat16 = __builtin_cpu_supports("avx512bf16");
 
 VNNI inline __m256i round_to_bfloat16(__m512 value) {
-  if (kBfloat16) {
+  if (has_bfloat16) {
     __m256i result;
     asm("vcvtneps2bf16 %1, %0" : "=v"(result) : "v"(value));
     return result;
@@ -188,8 +188,10 @@ Input padded(const Input& input, int64_t pad_y, int64_t pad_x, uint8_t fill, std
   const int64_t height = input.height + 2 * pad_y, width = input.width + 2 * pad_x, by_row = width * channels;
   const auto border = static_cast<size_t>(pad_x * channels);
   to.resize(static_cast<size_t>(input.batch * height * by_row));
+  const bool whole = input.by_channel == 1 && input.by_pixel == channels && input.channels == channels;
+  const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, by_row));
   torch::stable::parallel_for(
-      0, input.batch * height, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, by_row)), [&](int64_t begin, int64_t end) {
+      0, input.batch * height, grain, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
           uint8_t* out = to.data() + i * by_row;
           const int64_t y = i % height - pad_y;
@@ -200,7 +202,7 @@ Input padded(const Input& input, int64_t pad_y, int64_t pad_x, uint8_t fill, std
           const uint8_t* in = input.data + i / height * input.by_image + y * input.by_row;
           std::memset(out, fill, border);
           out += border;
-          if (input.by_channel == 1 && input.by_pixel == channels) {
+          if (whole) {
             std::memcpy(out, in, static_cast<size_t>(input.width * channels));
             out += input.width * channels;
           } else {
@@ -241,8 +243,9 @@ void convolve(const Input& x, const Window& window, uint8_t zero_point, int64_t 
   thread_local std::vector<uint8_t> copy;
   const int64_t own = outputs / groups, depth = window.kernel_y * window.kernel_x * filled_up(x.channels / groups, 4);
   const int64_t bytes = filled_up(own, kLanes) * (depth + 12);
-  STD_TORCH_CHECK(packed.scalar_type() == ScalarType::Char && packed.numel() == groups * bytes, "weight: want ",
-                  groups * bytes, " packed bytes");
+  STD_TORCH_CHECK(
+      packed.scalar_type() == ScalarType::Char && packed.numel() == groups * bytes && packed.is_contiguous(),
+      "weight: want ", groups * bytes, " packed bytes");
   Target target{static_cast<char*>(y.mutable_data_ptr()), outputs, y.scalar_type() == ScalarType::BFloat16};
   for (int64_t group = 0; group < groups; ++group, target.data += own * (target.bfloat16 ? 2 : 4)) {
     Input input = x;
@@ -266,15 +269,19 @@ Tensor conv2d(Tensor x, Tensor weight, int64_t zero_point, std::vector<int64_t> 
   const int64_t* numbers = geometry.data();
   const int64_t outputs = numbers[0], groups = numbers[9];
   const Window window{numbers[1], numbers[2], numbers[3], numbers[4], numbers[5], numbers[6], numbers[7], numbers[8]};
-  STD_TORCH_CHECK(window.stride_y > 0 && window.stride_x > 0, "geometry: want positive strides");
+  STD_TORCH_CHECK(*std::min_element(numbers, numbers + 5) > 0 && window.pad_y >= 0 && window.pad_x >= 0 &&
+                      window.dilation_y > 0 && window.dilation_x > 0,
+                  "geometry: want positive sizes");
   STD_TORCH_CHECK(groups > 0 && x.size(1) % groups == 0 && outputs % groups == 0, "geometry: want groups that divide");
   const int64_t span_y = window.dilation_y * (window.kernel_y - 1), span_x = window.dilation_x * (window.kernel_x - 1);
-  const int64_t out_height = (x.size(2) + 2 * window.pad_y - span_y - 1) / window.stride_y + 1;
-  const int64_t out_width = (x.size(3) + 2 * window.pad_x - span_x - 1) / window.stride_x + 1;
+  const int64_t room_y = x.size(2) + 2 * window.pad_y - span_y - 1, room_x = x.size(3) + 2 * window.pad_x - span_x - 1;
+  STD_TORCH_CHECK(room_y >= 0 && room_x >= 0, "x: the kernel is larger than the padded input");
+  const int64_t out_height = room_y / window.stride_y + 1, out_width = room_x / window.stride_x + 1;
   const int64_t sizes[] = {x.size(0), outputs, out_height, out_width};
   const int64_t strides[] = {outputs * out_height * out_width, 1, outputs * out_width, outputs};
   Tensor y = empty(sizes, strides, 4, dtype);
-  const Input input{codes, x.size(0), x.size(1), x.size(2), x.size(3), x.stride(0), x.stride(1), x.stride(2), x.stride(3)};
+  const Input input{codes, x.size(0), x.size(1), x.size(2), x.size(3),
+                    x.stride(0), x.stride(1), x.stride(2), x.stride(3)};
   convolve(input, window, static_cast<uint8_t>(zero_point), groups, out_height, out_width, weight, outputs, y);
   return y;
 }
@@ -287,13 +294,19 @@ Tensor linear(Tensor x, Tensor weight, int64_t outputs, ScalarType dtype) {
   sizes.back() = outputs;
   for (int64_t i = dimensions - 2; i >= 0; --i) strides[i] = strides[i + 1] * std::max<int64_t>(1, sizes[i + 1]);
   Tensor y = empty(sizes.data(), strides.data(), dimensions, dtype);
-  const int64_t rows = x.numel() / std::max<int64_t>(1, channels);
+  int64_t rows = 1;
+  for (int64_t i = 0; i + 1 < dimensions; ++i) rows *= sizes[i];
   const Input input{codes, 1, channels, 1, rows, 0, 1, 0, channels};
   convolve(input, {1, 1, 1, 1, 0, 0, 1, 1}, 0, 1, 1, rows, weight, outputs, y);
   return y;
 }
 
 } // namespace
+
+// Whether results are rounded by the CPU's instruction; the tests try the other way as well.
+extern "C" void qdiff_vnni_use_bfloat16_instruction(bool used) {
+  has_bfloat16 = used && __builtin_cpu_supports("avx512bf16");
+}
 
 STABLE_TORCH_LIBRARY_FRAGMENT(qdiff, library) {
   library.def(

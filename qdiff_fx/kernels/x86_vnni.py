@@ -1,6 +1,6 @@
 """Convolutions and linears of our own for CPUs with AVX512-VNNI: `qdiff::vnni_conv2d` and `qdiff::vnni_linear`.
 
-A call costs what it computes: oneDNN's operator makes a primitive descriptor every time, 40 to 50 us on layers whose
+A call costs what it computes: oneDNN's operator makes a primitive descriptor every time, 25 to 50 us on layers whose
 arithmetic takes 5 (docs/decisions/012). The operators are C++ (`x86_vnni.cpp`), compiled once a machine by the compiler
 that torch.compile needs too, in three seconds, and kept in the user's cache folder. They take uint8 codes and
 write float32 or bfloat16.
@@ -53,7 +53,7 @@ def load_vnni() -> bool:
         return False
     try:
         torch.ops.load_library(str(_library()))  # type: ignore[no-untyped-call]
-    except (OSError, DiskError, subprocess.CalledProcessError) as error:
+    except (OSError, DiskError, subprocess.CalledProcessError, ValueError, RuntimeError) as error:
         detail = getattr(error, "stderr", "") or str(error)
         warnings.warn(
             "qdiff_fx's int8 kernels for AVX512-VNNI could not be compiled; layers run on oneDNN's, which take longer "
@@ -93,7 +93,7 @@ def pack_vnni(weight: Tensor, offset: Tensor, scale: Tensor, bias: Tensor) -> Te
 def _library() -> Path:
     """The compiled operators. Raises OSError without a compiler, CalledProcessError if it refuses, DiskError."""
     root = Path(torch.__file__).parent
-    command = [*_compiler(), *_OPTIONS, f"-I{root / 'include'}", f"-L{root / 'lib'}", str(_SOURCE), "-ltorch_cpu"]
+    command = [*find_compiler(), *_OPTIONS, f"-I{root / 'include'}", f"-L{root / 'lib'}", str(_SOURCE), "-ltorch_cpu"]
     key = "\0".join([*command, str(torch.__version__)]).encode() + _SOURCE.read_bytes()
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qdiff_fx"
     path = folder / f"x86_vnni-{hashlib.sha256(key).hexdigest()[:16]}.so"
@@ -103,12 +103,18 @@ def _library() -> Path:
     return path
 
 
-def _compiler() -> list[str]:
+def find_compiler() -> list[str]:
+    """The C++ compiler's command. Raises FileNotFoundError without one, ValueError for a CXX with an open quote."""
     named = shlex.split(os.environ.get("CXX", ""))
     for command in [named] if named else [["c++"], ["g++"], ["clang++"]]:
         if shutil.which(command[0]) is not None:
             return command
     raise FileNotFoundError(f"no C++ compiler: {named[0] if named else 'c++, g++ or clang++'} is not in PATH")
+
+
+def kernel_digest() -> str:
+    """Of the operators' source and options."""
+    return hashlib.sha256("\0".join(_OPTIONS).encode() + _SOURCE.read_bytes()).hexdigest()[:16]
 
 
 def _conv2d_fake(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from torch.nn import functional
 
 from qdiff_fx.errors import QDiffWarning
 from qdiff_fx.kernels import reference, x86_calls, x86_vnni
-from qdiff_fx.kernels.x86_calls import conv2d_call, linear_call
+from qdiff_fx.kernels.x86_calls import KernelCall, conv2d_call, linear_call
 from qdiff_fx.kernels.x86_vnni import load_vnni, pack_vnni, vnni_available
 
 qdiff = torch.ops.qdiff
@@ -41,11 +42,12 @@ def weights(*shape: int) -> Tensor:
     channels=st.integers(1, 36),
     outputs=st.integers(1, 70),
     groups=st.integers(1, 3),
-    height=st.integers(3, 12),
-    width=st.integers(3, 12),
+    height=st.integers(5, 12),
+    width=st.integers(5, 12),
     kernel=st.tuples(st.integers(1, 3), st.integers(1, 3)),
     stride=st.tuples(st.integers(1, 3), st.integers(1, 3)),
     padding=st.tuples(st.integers(0, 2), st.integers(0, 2)),
+    dilation=st.tuples(st.integers(1, 2), st.integers(1, 2)),
     zero_point=st.integers(0, 255),
 )
 def test_sums_of_convolutions_are_exact(
@@ -58,13 +60,14 @@ def test_sums_of_convolutions_are_exact(
     kernel: tuple[int, int],
     stride: tuple[int, int],
     padding: tuple[int, int],
+    dilation: tuple[int, int],
     zero_point: int,
 ) -> None:
     x, weight = codes(batch, groups * channels, height, width), weights(groups * outputs, channels, *kernel)
-    geometry = (list(stride), list(padding), [1, 1], groups)
+    geometry = (list(stride), list(padding), list(dilation), groups)
     call = conv2d_call(weight, torch.ones(groups * outputs), None, 1.0, zero_point, geometry, None, torch.float32)
     assert call.target is qdiff.vnni_conv2d.default
-    wanted = functional.conv2d(x.double() - zero_point, weight.double(), None, stride, padding, groups=groups)
+    wanted = functional.conv2d(x.double() - zero_point, weight.double(), None, stride, padding, dilation, groups)
     result = call(x.contiguous(memory_format=torch.channels_last))
     assert torch.equal(result.double(), wanted.float().double())  # |sums| may pass 2^24, where float32 rounds
     assert result.is_contiguous(memory_format=torch.channels_last)
@@ -73,8 +76,8 @@ def test_sums_of_convolutions_are_exact(
 @pytest.mark.usefixtures("vnni")
 @pytest.mark.parametrize("threads", [1, 2])
 def test_views_and_threads_change_nothing(threads: int) -> None:
-    """A slice of channels, an image of plain strides, a transposed sequence; more pixels than one thread's share."""
-    wide = codes(2, 96, 40, 40).contiguous(memory_format=torch.channels_last)
+    """A slice of channels, an image of plain strides, a transposed sequence; more rows than one thread's share."""
+    wide = codes(2, 96, 60, 250).contiguous(memory_format=torch.channels_last)
     weight = weights(64, 64, 3, 3)
     for padding in ([0, 0], [1, 1]):
         call = conv2d_call(
@@ -90,6 +93,10 @@ def test_views_and_threads_change_nothing(threads: int) -> None:
         wanted = functional.conv2d(part.double() - 5, weight.double(), None, padding=padding) + 1
         for result in results:
             assert torch.equal(result.double(), wanted.float().double())
+    few = codes(1, 4, 5, 5).contiguous(memory_format=torch.channels_last)[:, 1:4]
+    matrix = weights(8, 3, 1, 1)
+    call = conv2d_call(matrix, torch.ones(8), None, 1.0, 5, ([1, 1], [0, 0], [1, 1], 1), None, torch.float32)
+    assert torch.equal(call(few).double(), functional.conv2d(few.double() - 5, matrix.double()))
     tokens = codes(2, 32, 9).transpose(1, 2)
     matrix = weights(40, 32)
     call = linear_call(matrix, torch.ones(40), None, 1.0, 9, torch.float32)
@@ -122,6 +129,19 @@ def test_results_have_the_bits_of_the_reference(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.usefixtures("vnni")
+def test_both_ways_to_bfloat16_round_to_nearest_even() -> None:
+    call = linear_call(
+        torch.ones(33, 4, dtype=torch.int8), torch.rand(33) - 0.5, torch.randn(33), 0.37, 3, torch.bfloat16
+    )
+    x = codes(40, 4)
+    exact = KernelCall(target=call.target, tensors=call.tensors, literals=(33, torch.float32))(x)
+    choose = ctypes.CDLL(str(x86_vnni._library())).qdiff_vnni_use_bfloat16_instruction
+    for used in (False, True):
+        choose(ctypes.c_bool(used))
+        assert torch.equal(call(x), exact.to(torch.bfloat16))
+
+
+@pytest.mark.usefixtures("vnni")
 def test_tensors_that_do_not_fit_are_refused() -> None:
     packed = pack_vnni(weights(8, 8), torch.zeros(8, dtype=torch.int32), torch.ones(8), torch.zeros(8))
     for x, weight, fault in (
@@ -129,6 +149,7 @@ def test_tensors_that_do_not_fit_are_refused() -> None:
         (codes(2, 12), packed, "packed bytes"),
         (codes(2, 8), packed[:-1], "packed bytes"),
         (codes(2, 8), packed.float(), "packed bytes"),
+        (codes(2, 8), packed.repeat_interleave(2)[::2], "packed bytes"),
     ):
         with pytest.raises(RuntimeError, match=fault):
             qdiff.vnni_linear(x, weight, 8, torch.float32)
@@ -136,6 +157,14 @@ def test_tensors_that_do_not_fit_are_refused() -> None:
         qdiff.vnni_linear(codes(2, 8), packed, 8, torch.float16)
     with pytest.raises(RuntimeError, match="10 integers"):
         qdiff.vnni_conv2d(codes(1, 8, 2, 2), packed, 0, [8, 1, 1], torch.float32)
+    for geometry, fault in (
+        ([8, 1, 1, 0, 1, 0, 0, 1, 1, 1], "positive"),
+        ([8, 1, 1, 1, 1, -1, 0, 1, 1, 1], "positive"),
+        ([8, 3, 3, 2, 2, 0, 0, 1, 1, 1], "larger than"),
+        ([8, 1, 1, 1, 1, 0, 0, 1, 1, 3], "divide"),
+    ):
+        with pytest.raises(RuntimeError, match=fault):
+            qdiff.vnni_conv2d(codes(1, 8, 2, 2), packed, 0, geometry, torch.float32)
 
 
 @pytest.mark.usefixtures("vnni")
@@ -156,13 +185,16 @@ def test_with_amx_onednn_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
         assert vnni_available() is wanted
 
 
-@pytest.mark.parametrize("fault", ["no compiler", "not C++", "no folder"])
+@pytest.mark.parametrize("fault", ["no compiler", "open quote", "not C++", "no folder"])
 def test_without_a_library_a_warning_says_why(fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(x86_vnni, "instruction_sets", lambda: ["avx512_vnni"])
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     wanted = "no C\\+\\+ compiler: no-such-compiler"
     if fault == "no compiler":
         monkeypatch.setenv("CXX", "no-such-compiler -O3")
+    elif fault == "open quote":
+        monkeypatch.setenv("CXX", "'g++")
+        wanted = "closing quotation"
     elif fault == "not C++":
         source = tmp_path / "wrong.cpp"
         source.write_text("this is not C++\n")
