@@ -53,8 +53,8 @@ def _depth(target: str, args: Any) -> int:
     if target == "qdiff.x86_conv2d.default":
         return prod(args[6][1:])
     if target == "qdiff.vnni_conv2d.default":
-        _, height, width, *_ = args[3]
-        return int(args[0].shape[1]) * height * width
+        _, height, width, *_, groups = args[3]
+        return int(args[0].shape[1]) // groups * height * width
     return int(args[0].shape[-1])
 
 

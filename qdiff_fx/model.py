@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+from diffusers.models.modeling_utils import ModelMixin as ModelMixin  # diffusers finds loaders by a class's module
 from torch import Tensor, fx
 
 from qdiff_fx.ahead_of_time import SUFFIX as PACKAGE_SUFFIX
