@@ -9,7 +9,8 @@ packed for the very shape. The table is written beside the JSON as .md.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -76,21 +77,21 @@ def measure_conv(channels: int, side: int, outputs: int, kernel: int, stride: in
     geometry = ([stride, stride], [padding, padding], [1, 1], 1)
     operands = (weight, torch.rand(outputs), torch.rand(outputs), 0.1, 7, geometry, shape, torch.bfloat16)
     name = f"conv {kernel}x{kernel}, {channels} to {outputs}, {side}x{side}" + (", stride 2" if stride == 2 else "")
-    return measure(name, x, [conv2d_call, *operands], channels * kernel * kernel)
+    return measure(name, x, partial(conv2d_call, *operands), channels * kernel * kernel)
 
 
 def measure_linear(rows: int, features: int, outputs: int) -> dict[str, Any]:
     x = torch.randint(0, 256, (rows, features), dtype=torch.uint8)
     weight = torch.randint(-127, 128, (outputs, features), dtype=torch.int8)
     operands = (weight, torch.rand(outputs), torch.rand(outputs), 0.1, 7, torch.bfloat16)
-    return measure(f"linear, {rows} rows, {features} to {outputs}", x, [linear_call, *operands], features)
+    return measure(f"linear, {rows} rows, {features} to {outputs}", x, partial(linear_call, *operands), features)
 
 
-def measure(name: str, x: torch.Tensor, make: Sequence[Any], depth: int) -> dict[str, Any]:
+def measure(name: str, x: torch.Tensor, make: Callable[[], KernelCall], depth: int) -> dict[str, Any]:
     calls: list[KernelCall] = []
     for own in (False, True):
         with patch.object(x86_calls, "vnni_available", lambda own=own: own):
-            calls.append(make[0](*make[1:]))
+            calls.append(make())
     with torch.inference_mode():
         onednn, ours = interleaved(
             [lambda: calls[0](x), lambda: calls[1](x)], processor_seconds, warm_up=5, least=15, budget=0.5

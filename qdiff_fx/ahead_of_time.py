@@ -25,7 +25,7 @@ from torch import Tensor, fx
 from qdiff_fx.calibration.progress import named_steps
 from qdiff_fx.errors import BackendError, CheckpointError, InputError
 from qdiff_fx.graph.edit import get_tensor, shape_of
-from qdiff_fx.graph.propagate import size_hint
+from qdiff_fx.graph.propagate import example_inputs
 from qdiff_fx.graph.signature import CallSignature
 from qdiff_fx.kernels import select_backend
 from qdiff_fx.kernels.machine import instruction_sets, processor_digest
@@ -63,7 +63,8 @@ def write_package(
     require_packages()
     with named_steps("compile ahead of time", total=2, progress=progress) as begin, torch.no_grad():
         begin("export")
-        program = torch.export.export(lowered, _example(lowered), dynamic_shapes=_dynamic(signature))
+        example = example_inputs(lowered, least=2)  # the exporter makes constants of ones
+        program = torch.export.export(lowered, example, dynamic_shapes=_dynamic(signature))
         _require_dynamic(program, signature)
         begin("compile")
         with tempfile.TemporaryDirectory() as folder:
@@ -156,15 +157,6 @@ def _read_stamp(path: Path) -> Mapping[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: no compiled package of qdiff_fx; {_AGAIN}")
     return content
-
-
-def _example(lowered: fx.GraphModule) -> tuple[Tensor, ...]:
-    """Numbers of the inputs' sizes; none is 1 where it may vary, since the exporter makes constants of ones."""
-    found = []
-    for node in _placeholders(lowered):
-        sizes = [size if isinstance(size, int) else max(2, size_hint(size)) for size in shape_of(node) or ()]
-        found.append(torch.ones(sizes, dtype=node.meta["val"].dtype))
-    return tuple(found)
 
 
 def _dynamic(signature: CallSignature) -> tuple[dict[int, Any], ...]:

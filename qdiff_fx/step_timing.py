@@ -7,10 +7,9 @@ from collections.abc import Mapping
 from statistics import median
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
-from qdiff_fx.graph.edit import shape_of
-from qdiff_fx.graph.propagate import size_hint
+from qdiff_fx.graph.propagate import example_inputs
 
 _WARM_UP, _LEAST_RUNS, _MOST_RUNS, _SECONDS = 2, 3, 21, 1.0
 
@@ -22,7 +21,7 @@ def step_milliseconds(lowered: Mapping[str, fx.GraphModule], plan: fx.GraphModul
       lowered: by backend; called as they are, not through torch.compile.
       plan: what they were lowered from; its inputs' sizes in the example call are those that are run.
     """
-    inputs = [_example(node) for node in plan.graph.nodes if node.op == "placeholder"]
+    inputs = example_inputs(plan)  # what the numbers are does not change the time
     times: dict[str, list[float]] = {name: [] for name in lowered}
     finish = time.perf_counter() + _SECONDS * len(lowered)
     with torch.no_grad():
@@ -35,9 +34,3 @@ def step_milliseconds(lowered: Mapping[str, fx.GraphModule], plan: fx.GraphModul
                 if turn >= _WARM_UP:
                     times[name].append(1e3 * (time.perf_counter() - started))
     return {name: median(values) for name, values in times.items()}
-
-
-def _example(placeholder: fx.Node) -> Tensor:
-    """Numbers of a network input's size and dtype; what they are does not change the time."""
-    value: Tensor = placeholder.meta["val"]
-    return torch.ones([size_hint(size) for size in shape_of(placeholder) or ()], dtype=value.dtype)

@@ -13,11 +13,8 @@ import torch
 from diffusers import DDIMScheduler
 from PIL import Image
 
-import qdiff_fx
-from qdiff_fx.ahead_of_time import stamp
 from qdiff_fx.cli import VERBS, main
 from qdiff_fx.cli.quantize import _discard
-from qdiff_fx.kernels import BACKENDS
 from subjects import conditional_unet, unconditional_unet
 
 
@@ -392,40 +389,3 @@ def test_a_target_is_reached_on_the_command_line(model: Path, tmp_path: Path) ->
     document = json.loads((out / "calibration.json").read_text())
     assert document["quality"]["median_db"] > 41.0  # chosen on other samples of the same distribution
     assert any(row["reason"].startswith("target:") for row in document["raises"])
-
-
-@pytest.mark.slow
-def test_the_demo_leaves_every_file_it_speaks_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    sizes = ["--steps", "4", "--samples", "2", "--calibration-samples", "8", "--calibration-timesteps", "4"]
-    assert main(["demo", "--out", str(tmp_path), *sizes]) == 0
-    shown = capsys.readouterr().out
-    document = json.loads((tmp_path / "demo.json").read_text())
-    full = document["sizes"]["fp32"]
-    assert document["sizes"]["w4a8"] <= 0.16 * full and document["sizes"]["w8a8"] <= 0.27 * full
-    assert {(row["arm"], row["preset"]) for row in document["table"]} == {
-        *((arm, preset) for arm in ("rtn", "mse", "mse-split") for preset in ("w8a8", "w4a8", "w4a32")),
-        ("ours", "w8a8"),
-        ("ours", "w4a8"),
-    }
-    report = (tmp_path / "report.html").read_text()
-    assert all((tmp_path / picture).stat().st_size > 1000 for picture in document["pictures"].values())
-    assert report.count("data:image/png;base64,") == len(document["samples"]) == 4
-    assert all((tmp_path / sample["file"]).is_file() for sample in document["samples"])
-    assert "open " in shown and all(preset.upper() in shown for preset in ("w4a8", "w8a8"))
-
-
-@pytest.mark.skipif(BACKENDS["x86"].unavailable("cpu") is not None, reason="no x86 backend here")
-def test_quantize_compiles_ahead_of_time_what_it_wrote(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The code must fit the written folder; what it is and does, tests/test_ahead_of_time.py knows."""
-    stamps: list[Any] = []
-    monkeypatch.setattr("qdiff_fx.cli.quantize.require_packages", lambda: None)
-    monkeypatch.setattr("qdiff_fx.model.write_package", lambda lowered, *_, **__: stamps.append(stamp(lowered)))
-    monkeypatch.setattr("qdiff_fx.model.read_package", lambda lowered, path: stamps.append(path))
-    data = str(tmp_path / "data")
-    assert main(["collect", str(model), "--out", data, "--steps", "5", "--timesteps", "3", "--samples", "4"]) == 0
-    command = ["quantize", str(model), "--preset", "w8a8", "--calibration", data, "--out", str(tmp_path / "out")]
-    assert "code.so: want the name of a PT2 file" in error_line(capsys, *command, "--aot", str(tmp_path / "code.so"))
-    assert main([*command, "--aot", str(tmp_path / "code.pt2")]) == 0
-    assert stamps == [stamp(qdiff_fx.load(tmp_path / "out", "x86").lowered), tmp_path / "code.pt2"]

@@ -77,6 +77,17 @@ def size_hint(size: Any) -> int:
     return int(size) if isinstance(size, int) else int(size.node.hint)
 
 
+def example_inputs(graph_module: fx.GraphModule, *, least: int = 0) -> tuple[Tensor, ...]:
+    """Ones of the inputs' sizes in the example call and of their dtypes; sizes that may vary are at least `least`."""
+    found = []
+    for node in graph_module.graph.nodes:
+        if node.op == "placeholder":
+            value: Tensor = node.meta["val"]
+            sizes = [size if isinstance(size, int) else max(least, size_hint(size)) for size in value.shape]
+            found.append(torch.ones(sizes, dtype=value.dtype))
+    return tuple(found)
+
+
 def _call(node: fx.Node, values: Mapping[fx.Node, Any], where: str) -> Any:
     args = fx.node.map_arg(node.args, lambda item: values[item])
     kwargs = fx.node.map_arg(node.kwargs, lambda item: values[item])

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from qdiff_fx.errors import BackendError
+from qdiff_fx.kernels.empty_image import empty_image
 
 _LIBRARY: Any = torch.library.Library("qdiff", "FRAGMENT")  # type: ignore[no-untyped-call]
 _CONSTANTS = (
@@ -71,7 +72,7 @@ def _conv2d(
     tile: Sequence[int],
     output_dtype: torch.dtype,
 ) -> Tensor:
-    output = _empty_image(x, weight_shape, stride, padding, dilation, output_dtype)
+    output = empty_image(x, weight_shape, stride, padding, dilation, output_dtype)
     constants = (scale, correction, weight_zero_point, channel_shift, bias, _rows(embedding), inv_scale)
     geometry = (stride, padding, dilation)
     _launch(x).conv2d(
@@ -101,7 +102,7 @@ def _conv2d_fake(
     tile: Sequence[int],
     output_dtype: torch.dtype,
 ) -> Tensor:
-    return _empty_image(x, weight_shape, stride, padding, dilation, output_dtype)
+    return empty_image(x, weight_shape, stride, padding, dilation, output_dtype)
 
 
 def _linear(
@@ -186,22 +187,6 @@ def _attention_fake(
     output_dtype: torch.dtype,
 ) -> Tensor:
     return query.new_empty((*query.shape[:-1], value.shape[-1]), dtype=output_dtype)
-
-
-def _empty_image(
-    x: Tensor,
-    weight_shape: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    dtype: torch.dtype,
-) -> Tensor:
-    spatial = [
-        (x.shape[2 + axis] + 2 * padding[axis] - dilation[axis] * (weight_shape[2 + axis] - 1) - 1) // stride[axis] + 1
-        for axis in (0, 1)
-    ]
-    shape = (x.shape[0], weight_shape[0], *spatial)
-    return torch.empty(shape, dtype=dtype, device=x.device, memory_format=torch.channels_last)
 
 
 def _rows(embedding: Tensor | None) -> Tensor | None:

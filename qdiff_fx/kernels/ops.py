@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from qdiff_fx.kernels import reference
+from qdiff_fx.kernels.empty_image import empty_image
 
 
 @torch.library.custom_op("qdiff::quantize", mutates_args=())
@@ -68,12 +69,7 @@ def _(
     groups: int,
     output_dtype: torch.dtype,
 ) -> Tensor:
-    spatial = [
-        (x.shape[2 + axis] + 2 * padding[axis] - dilation[axis] * (weight_shape[2 + axis] - 1) - 1) // stride[axis] + 1
-        for axis in (0, 1)
-    ]
-    shape = (x.shape[0], weight_shape[0], *spatial)
-    return torch.empty(shape, dtype=output_dtype, device=x.device, memory_format=torch.channels_last)
+    return empty_image(x, weight_shape, stride, padding, dilation, output_dtype)
 
 
 @torch.library.custom_op("qdiff::linear", mutates_args=())

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from qdiff_fx.kernels.backend import Backend
+from qdiff_fx.kernels.empty_image import empty_image
 
 _LIBRARY: Any = torch.library.Library("qdiff", "FRAGMENT")  # type: ignore[no-untyped-call]
 _LIBRARY.define(
@@ -122,12 +123,7 @@ def _conv2d_fake(
     groups: int,
     output_dtype: torch.dtype,
 ) -> Tensor:
-    spatial = [
-        (x.shape[2 + axis] + 2 * padding[axis] - dilation[axis] * (weight_shape[2 + axis] - 1) - 1) // stride[axis] + 1
-        for axis in (0, 1)
-    ]
-    shape = (x.shape[0], weight_shape[0], *spatial)
-    return torch.empty(shape, dtype=output_dtype, device=x.device, memory_format=torch.channels_last)
+    return empty_image(x, weight_shape, stride, padding, dilation, output_dtype)
 
 
 def _linear(

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from qdiff_fx.errors import DiskError, QDiffWarning
+from qdiff_fx.kernels.empty_image import empty_image
 from qdiff_fx.kernels.machine import instruction_sets
 from qdiff_fx.safe_io import replacing
 
@@ -94,7 +95,7 @@ def _library() -> Path:
     """The compiled operators. Raises OSError without a compiler, CalledProcessError if it refuses, DiskError."""
     root = Path(torch.__file__).parent
     command = [*find_compiler(), *_OPTIONS, f"-I{root / 'include'}", f"-L{root / 'lib'}", str(_SOURCE), "-ltorch_cpu"]
-    key = "\0".join([*command, str(torch.__version__)]).encode() + _SOURCE.read_bytes()
+    key = "\0".join([*command, str(torch.__version__), kernel_digest()]).encode()
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qdiff_fx"
     path = folder / f"x86_vnni-{hashlib.sha256(key).hexdigest()[:16]}.so"
     if not path.is_file():
@@ -126,12 +127,7 @@ def _conv2d_fake(
 ) -> Tensor:
     outputs, *pairs, _ = geometry
     kernel, stride, padding, dilation = (pairs[start : start + 2] for start in range(0, 8, 2))
-    spatial = [
-        (x.shape[2 + axis] + 2 * padding[axis] - dilation[axis] * (kernel[axis] - 1) - 1) // stride[axis] + 1
-        for axis in (0, 1)
-    ]
-    shape = (x.shape[0], outputs, *spatial)
-    return torch.empty(shape, dtype=output_dtype, device=x.device, memory_format=torch.channels_last)
+    return empty_image(x, (outputs, x.shape[1], *kernel), stride, padding, dilation, output_dtype)
 
 
 def _linear_fake(x: Tensor, weight: Tensor, outputs: int, output_dtype: torch.dtype) -> Tensor:
