@@ -44,10 +44,12 @@ _BEFORE_TIMING: Mapping[str, tuple[GraphPass, ...]] = {
 """Passes that a backend's timed layers stand behind."""
 
 _ATTENTIONS = (
-    qdiff.attention.default,
-    qdiff.cuda_attention.default,
-    aten.scaled_dot_product_attention.default,
+    "qdiff.attention.default",
+    "qdiff.cuda_attention.default",
+    "qdiff.vnni_attention.default",
+    "aten.scaled_dot_product_attention.default",
 )
+"""By name: not every operator is registered on every machine."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,7 +211,7 @@ def _stored(graph_module: fx.GraphModule, node: fx.Node) -> StoredWeight:
 def _rows(graph_module: fx.GraphModule) -> Iterator[LoweringRow]:
     for node in (part for call in graph_module.graph.nodes for part in PARTS.get(call) or (call,)):
         stored = STORED.get(node)
-        if stored is None and node.target not in _ATTENTIONS:
+        if stored is None and str(node.target) not in _ATTENTIONS:
             continue
         policy, attention = LAYER.get(node), ATTENTION.get(node)
         name = policy.name if policy else attention.name if attention else MODULE_PATH.get(node) or node.name

@@ -16,6 +16,7 @@ from qdiff_fx.passes.lower.qdq import QuantizeDequantizeLayers, QuantizeDequanti
 from qdiff_fx.passes.lower.quantize import LowerQuantize
 from qdiff_fx.passes.lower.shared_steps import ShareQuantizeSteps
 from qdiff_fx.passes.lower.signed_codes import CancelSignChanges
+from qdiff_fx.passes.lower.x86_attention import LowerX86Attention
 from qdiff_fx.passes.lower.x86_layers import LowerX86Layers
 from qdiff_fx.passes.lower.x86_norms import NormalizeByChannel
 from qdiff_fx.passes.lower.x86_siblings import MergeLinears
@@ -32,10 +33,10 @@ LOWER: Mapping[str, tuple[GraphPass, ...]] = {
         KeepChosenLayersInCarrier(),
         MergeLinears(),
         LowerX86Layers(),
+        LowerX86Attention(),
         NormalizeByChannel(),
         LowerQuantize(),
         DequantizeWeights(),
-        DropAttentionQuantizers(),
     ),
     "openvino": (
         DequantizeWeights(),

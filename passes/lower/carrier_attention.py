@@ -16,7 +16,7 @@ qdiff = torch.ops.qdiff
 class DropAttentionQuantizers(RewritePass[fx.Node]):
     """qdiff.attention becomes scaled_dot_product_attention in the carrier type, without rounding.
 
-    On x86 no int8 attention beats the bf16 kernel, and rounding without integer products only costs.
+    Rounding without integer products only costs.
 
     Left alone: everything under strict=True, which keeps the simulated quantization.
 
@@ -24,7 +24,7 @@ class DropAttentionQuantizers(RewritePass[fx.Node]):
       reason: why rounding without integer products would be all that the quantizers do, for the lowering report.
     """
 
-    def __init__(self, reason: str = "no int8 attention kernel wins on this CPU") -> None:
+    def __init__(self, reason: str) -> None:
         self.reason = reason
 
     def pattern(self, node: fx.Node, graph_module: fx.GraphModule, context: PassContext) -> fx.Node | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from math import prod
 from typing import Any
 
@@ -10,18 +9,16 @@ import torch
 from torch import fx
 
 from qdiff_fx.graph.edit import shape_of
-from qdiff_fx.graph.meta import ATTENTION, KERNEL
 from qdiff_fx.graph.propagate import size_hint
 from qdiff_fx.kernels.cuda_gpu import GPUS, Gpu
 from qdiff_fx.kernels.cuda_model import AttentionWork, carrier_attention, integer_attention
 from qdiff_fx.kernels.cuda_tiles import AttentionTile, attention_tiles
 from qdiff_fx.kernels.cuda_weights import SIGNED_OFFSET
-from qdiff_fx.numerics.affine import reciprocal
 from qdiff_fx.numerics.attention import attention_scale
 from qdiff_fx.passes.base import PassContext, RewritePass
+from qdiff_fx.passes.lower.attention_operands import UNQUANTIZED, is_quantized, operand_codes, replace_attention
 from qdiff_fx.passes.lower.carrier_attention import drop_quantizers
-from qdiff_fx.passes.lower.cuda_target import DEFAULT_CAPABILITY, target_gpu, tensor_device
-from qdiff_fx.passes.lower.integer_layers import add_constant, value_like
+from qdiff_fx.passes.lower.cuda_target import DEFAULT_CAPABILITY, target_gpu
 from qdiff_fx.passes.lower.signed_codes import signed_codes
 
 aten = torch.ops.aten
@@ -41,7 +38,7 @@ class LowerCudaAttention(RewritePass[fx.Node]):
         return node if node.target is qdiff.attention.default else None
 
     def check(self, match: fx.Node, graph_module: fx.GraphModule, context: PassContext) -> str | None:
-        if context.strict and not has_kernel(match):
+        if context.strict and not is_quantized(match):
             return "strict=True keeps quantizers that no integer kernel has"
         return None
 
@@ -57,8 +54,8 @@ class LowerCudaAttention(RewritePass[fx.Node]):
 
 def _reason(match: fx.Node, gpu: Gpu | None, context: PassContext) -> str | None:
     """Why the attention is better off in the carrier type, None if it is not."""
-    if not has_kernel(match):
-        return "its operands or probabilities are not quantized"
+    if not is_quantized(match):
+        return UNQUANTIZED
     if match.name in context.carrier_layers or match.name in context.kernels:
         return context.carrier_layers.get(match.name)
     work, judge = attention_work(match), gpu or GPUS[DEFAULT_CAPABILITY]
@@ -66,12 +63,6 @@ def _reason(match: fx.Node, gpu: Gpu | None, context: PassContext) -> str | None
     if integer < carrier:
         return None
     return f"predicted {integer:.1f} us on integers, {carrier:.1f} us in the carrier type"
-
-
-def has_kernel(node: fx.Node) -> bool:
-    """Whether a qdiff.attention has quantized operands and probabilities, as the integer kernel needs them."""
-    arguments: Any = node.args
-    return bool(arguments[6]) and bool(arguments[9])
 
 
 def attention_kernels(node: fx.Node, gpu: Gpu | None) -> dict[str, AttentionTile]:
@@ -89,16 +80,12 @@ def attention_work(node: fx.Node) -> AttentionWork:
 def _use_kernel(match: fx.Node, graph_module: fx.GraphModule, tile: AttentionTile) -> None:
     graph = graph_module.graph
     arguments: Any = match.args
-    *operands, mask, is_causal, scale, scales, zero_points, bits, softmax_bits = arguments
+    query, *_, mask, is_causal, scale, scales, zero_points, _, softmax_bits = arguments
     qmax = 2**softmax_bits - 1
     with graph.inserting_before(match):
-        codes = [
-            _codes(graph_module, match, operand, (step, zero_point, bits), name)
-            for operand, step, zero_point, name in zip(operands, scales, zero_points, "qkv", strict=True)
-        ]
-        factor = attention_scale(operands[0].meta["val"], scale)
+        codes = [signed_codes(graph, node) for node in operand_codes(match, graph_module, f"cuda_{match.name}")]
         numbers = (
-            scales[0] * scales[1] * factor,
+            scales[0] * scales[1] * attention_scale(query.meta["val"], scale),
             scales[2] / qmax,
             [item - SIGNED_OFFSET for item in zero_points],
             qmax,
@@ -106,22 +93,4 @@ def _use_kernel(match: fx.Node, graph_module: fx.GraphModule, tile: AttentionTil
             match.meta["val"].dtype,
         )
         node = graph.call_function(qdiff.cuda_attention.default, (*codes, mask, is_causal, *numbers))
-    node.meta = dict(match.meta)
-    KERNEL.set(node, f"qdiff.cuda_attention {tile}")
-    if (policy := ATTENTION.get(match)) is not None:
-        ATTENTION.set(node, policy)
-    match.replace_all_uses_with(node)
-    graph.erase_node(match)
-
-
-def _codes(graph_module: fx.GraphModule, match: fx.Node, operand: fx.Node, grid: Sequence[Any], name: str) -> fx.Node:
-    """Signed codes of an operand, by a quantize step of its own."""
-    step, zero_point, bits = grid
-    value = reciprocal(torch.tensor(step))
-    inv_scale = add_constant(graph_module, f"cuda_{match.name}_{name}_inv_scale", value.to(tensor_device(graph_module)))
-    inv_scale.meta["val"] = value_like(operand, value)
-    node = graph_module.graph.call_function(
-        qdiff.quantize.default, (operand, inv_scale, zero_point, 0, 2**bits - 1, len(shape_of(operand) or ()) - 1)
-    )
-    node.meta = {"val": torch.empty_like(operand.meta["val"], dtype=torch.uint8)}
-    return signed_codes(graph_module.graph, node)
+    replace_attention(match, node, f"qdiff.cuda_attention {tile}")

@@ -7,7 +7,7 @@ from math import prod
 import torch
 from torch import fx
 
-from qdiff_fx.graph.edit import get_tensor, shape_of
+from qdiff_fx.graph.edit import shape_of, tensor_device
 from qdiff_fx.graph.propagate import size_hint
 from qdiff_fx.kernels.cuda_gpu import GPUS, Gpu, gpu_for
 from qdiff_fx.kernels.cuda_model import LayerWork
@@ -26,12 +26,6 @@ def target_gpu(graph_module: fx.GraphModule) -> Gpu | None:
     if device.type == "cuda" and torch.cuda.is_available():
         return gpu_for(torch.cuda.get_device_capability(device))
     return GPUS[DEFAULT_CAPABILITY]
-
-
-def tensor_device(graph_module: fx.GraphModule) -> torch.device:
-    """Where the graph's constants are."""
-    named = next(node for node in graph_module.graph.nodes if node.op == "get_attr")
-    return get_tensor(graph_module, named.target).device
 
 
 def layer_work(layer: IntegerLayer) -> LayerWork:

@@ -22,8 +22,8 @@ class LowerQuantize(RewritePass[fx.Node]):
     """qdiff.quantize becomes the ATen calls of `reference.quantize_activation`, images channels_last.
 
     The calls are traced from the reference, so that its arithmetic is not written down a second time. The layout,
-    contiguous where it is no image, is what integer layers read; compiled, it is only the order in which the fused
-    kernel writes.
+    contiguous where it is no image (there channels are last as it is), is what integer layers read; compiled, it is
+    only the order in which the fused kernel writes.
 
     Left alone: nothing.
 
@@ -53,7 +53,7 @@ class LowerQuantize(RewritePass[fx.Node]):
                     values[node] = graph.call_function(node.target, args, kwargs)
                 else:
                     result: fx.Node = values[node.args[0]]
-            image = len(shape_of(match) or ()) == 4
+            image = len(shape_of(match) or ()) == 4 and constants[-1] == 1
             layout: dict[str, Any] = {"memory_format": torch.channels_last if image else torch.contiguous_format}
             result = graph.call_function(aten.contiguous.default, (result,), layout)
         # Fake values of the steps between would take seconds for a large network, and nothing reads them.

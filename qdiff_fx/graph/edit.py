@@ -145,6 +145,12 @@ def set_tensor(graph_module: nn.Module, target: str, value: Tensor, *, persisten
         parent.register_buffer(name, value, persistent=persistent)
 
 
+def tensor_device(graph_module: fx.GraphModule) -> torch.device:
+    """Where the graph's constants are."""
+    named = next(node for node in graph_module.graph.nodes if node.op == "get_attr")
+    return get_tensor(graph_module, named.target).device
+
+
 def delete_tensor(graph_module: nn.Module, target: Any) -> None:
     """Take the parameter or buffer of this dotted name out of its module."""
     path, _, name = str(target).rpartition(".")

@@ -10,35 +10,21 @@
 // group codes [blocks, taps, channels / 4, kLanes, 4], outputs and channels filled up with zeros, and behind them
 // offset (int32), scale and bias (float32), filled up likewise.
 
-#include <immintrin.h>
-
-#include <algorithm>
 #include <array>
-#include <cstdint>
-#include <cstring>
 #include <vector>
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
-#define VNNI __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni")))
+#include "x86_vnni.hpp"
 
+namespace qdiff {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 constexpr int64_t kVectors = 2;
 constexpr int64_t kLanes = 16 * kVectors;
-constexpr int64_t kRows = 12;                // pixels of a block: its sums fill 24 of 32 registers
-constexpr int64_t kFewRows = 4;              // of a layer that has no more pixels
-constexpr int64_t kChunk = 8 * kRows;        // pixels that one block of weights is kept for
-constexpr int64_t kGrain = int64_t{1} << 20; // multiplications that are worth a thread
-
-int64_t filled_up(int64_t count, int64_t whole) { return (count + whole - 1) / whole * whole; }
+constexpr int64_t kRows = 12;    // pixels of a block
+constexpr int64_t kFewRows = 4;  // of a layer that has no more pixels
+constexpr int64_t kChunk = 8 * kRows; // pixels that one block of weights is kept for
 
 // Codes [batch, channels, height, width]; distances in bytes.
 struct Input {
@@ -69,74 +55,32 @@ struct Weight {
   int64_t outputs;
 };
 
-struct Target {
-  char* data;
-  int64_t row; // outputs of a pixel, of all groups
-  bool bfloat16;
-};
-
-bool has_bfloat16 = __builtin_cpu_supports("avx512bf16");
-
-VNNI inline __m256i round_to_bfloat16(__m512 value) {
-  if (has_bfloat16) {
-    __m256i result;
-    asm("vcvtneps2bf16 %1, %0" : "=v"(result) : "v"(value));
-    return result;
-  }
-  const __m512i bits = _mm512_castps_si512(value);
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
-}
-
 // kLanes outputs, from `first` on, of kBlock pixels. `rows` may name a pixel twice.
 template <int64_t kBlock>
-VNNI void block(const Source& source, const Weight& weight, const Target& target, int64_t first,
-                const uint8_t* const* rows, const int64_t* pixels) {
-  __m512i sums[kBlock][kVectors];
-#pragma GCC unroll 2
-  for (int v = 0; v < kVectors; ++v) {
-    const __m512i start = _mm512_loadu_si512(weight.offset + first + 16 * v);
-#pragma GCC unroll 12
-    for (int r = 0; r < kBlock; ++r) sums[r][v] = start;
-  }
+void block(const Source& source, const Weight& weight, const Target& target, int64_t first, const uint8_t* const* rows,
+           const int64_t* pixels) {
+  Sums<kBlock, kVectors> sums;
+  sums.start(weight.offset + first);
   const int64_t groups = source.channels / 4;
   const int8_t* codes = weight.codes + first * 4 * groups * static_cast<int64_t>(source.taps.size());
   for (const int64_t tap : source.taps) {
     const uint8_t* row[kBlock];
 #pragma GCC unroll 12
     for (int r = 0; r < kBlock; ++r) row[r] = rows[r] + tap;
-    for (int64_t g = 0; g < groups; ++g, codes += 4 * kLanes) {
-      __m512i lanes[kVectors];
-#pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) lanes[v] = _mm512_loadu_si512(codes + 64 * v);
-#pragma GCC unroll 12
-      for (int r = 0; r < kBlock; ++r) {
-        int32_t four;
-        std::memcpy(&four, row[r] + 4 * g, sizeof four);
-        const __m512i x = _mm512_set1_epi32(four);
-        // Not the intrinsic: with it gcc 12 keeps the sums in memory (240 instead of 440 GOPS).
-#pragma GCC unroll 2
-        for (int v = 0; v < kVectors; ++v) asm("vpdpbusd %2, %1, %0" : "+v"(sums[r][v]) : "v"(x), "v"(lanes[v]));
-      }
-    }
+    sums.add(row, groups, codes);
+    codes += 4 * kLanes * groups;
   }
 #pragma GCC unroll 2
   for (int v = 0; v < kVectors; ++v) {
-    const int64_t at = first + 16 * v, left = weight.outputs - at;
-    if (left <= 0) break;
-    const __mmask16 kept = left >= 16 ? 0xffff : static_cast<__mmask16>((1u << left) - 1);
+    const int64_t at = first + 16 * v;
+    if (at >= weight.outputs) break;
+    const __mmask16 kept = first_lanes(weight.outputs - at);
     const __m512 scale = _mm512_loadu_ps(weight.scale + at), bias = _mm512_loadu_ps(weight.bias + at);
+    // Rounded twice, as the reference does: results have its bits.
 #pragma GCC unroll 12
     for (int r = 0; r < kBlock; ++r) {
-      // Rounded twice, as the reference does: results have its bits.
-      const __m512 value = _mm512_add_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(sums[r][v]), scale), bias);
-      const int64_t element = pixels[r] * target.row + at;
-      if (target.bfloat16) {
-        _mm256_mask_storeu_epi16(target.data + 2 * element, kept, round_to_bfloat16(value));
-      } else {
-        _mm512_mask_storeu_ps(target.data + 4 * element, kept, value);
-      }
+      const __m512 value = _mm512_add_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(sums.at[r][v]), scale), bias);
+      target.store(pixels[r] * target.row + at, kept, value);
     }
   }
 }
@@ -223,20 +167,6 @@ Weight weight_of(const int8_t* bytes, int64_t depth, int64_t outputs) {
   return {bytes, offset, scale, scale + filled, outputs};
 }
 
-Tensor empty(const int64_t* sizes, const int64_t* strides, int64_t dimensions, ScalarType dtype) {
-  AtenTensorHandle handle;
-  const int32_t code = dtype == ScalarType::Float ? aoti_torch_dtype_float32() : aoti_torch_dtype_bfloat16();
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(dimensions, sizes, strides, code, aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
-}
-
-const uint8_t* codes_of(const Tensor& x, ScalarType dtype) {
-  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Byte, "x: want uint8 codes");
-  STD_TORCH_CHECK(dtype == ScalarType::BFloat16 || dtype == ScalarType::Float, "output: want bfloat16 or float32");
-  return static_cast<const uint8_t*>(x.const_data_ptr());
-}
-
 // `y` is dense, channels last. Groups follow each other in it and in `packed`, and run one by one.
 void convolve(const Input& x, const Window& window, uint8_t zero_point, int64_t groups, int64_t out_height,
               int64_t out_width, const Tensor& packed, int64_t outputs, const Tensor& y) {
@@ -264,7 +194,7 @@ void convolve(const Input& x, const Window& window, uint8_t zero_point, int64_t 
 
 // geometry: outputs, then height and width of kernel, stride, padding and dilation, then groups.
 Tensor conv2d(Tensor x, Tensor weight, int64_t zero_point, std::vector<int64_t> geometry, ScalarType dtype) {
-  const uint8_t* codes = codes_of(x, dtype);
+  const uint8_t* codes = codes_of(x);
   STD_TORCH_CHECK(geometry.size() == 10, "geometry: want 10 integers");
   const int64_t* numbers = geometry.data();
   const int64_t outputs = numbers[0], groups = numbers[9];
@@ -288,7 +218,7 @@ Tensor conv2d(Tensor x, Tensor weight, int64_t zero_point, std::vector<int64_t> 
 
 Tensor linear(Tensor x, Tensor weight, int64_t outputs, ScalarType dtype) {
   if (!x.is_contiguous()) x = torch::stable::contiguous(x);
-  const uint8_t* codes = codes_of(x, dtype);
+  const uint8_t* codes = codes_of(x);
   const int64_t dimensions = x.dim(), channels = x.size(dimensions - 1);
   std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end()), strides(sizes.size(), 1);
   sizes.back() = outputs;
@@ -302,10 +232,11 @@ Tensor linear(Tensor x, Tensor weight, int64_t outputs, ScalarType dtype) {
 }
 
 } // namespace
+} // namespace qdiff
 
 // Whether results are rounded by the CPU's instruction; the tests try the other way as well.
 extern "C" void qdiff_vnni_use_bfloat16_instruction(bool used) {
-  has_bfloat16 = used && __builtin_cpu_supports("avx512bf16");
+  qdiff::has_bfloat16 = used && __builtin_cpu_supports("avx512bf16");
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(qdiff, library) {
@@ -315,6 +246,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(qdiff, library) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(qdiff, CPU, library) {
-  library.impl("vnni_conv2d", TORCH_BOX(&conv2d));
-  library.impl("vnni_linear", TORCH_BOX(&linear));
+  library.impl("vnni_conv2d", TORCH_BOX(&qdiff::conv2d));
+  library.impl("vnni_linear", TORCH_BOX(&qdiff::linear));
 }

@@ -31,9 +31,14 @@ CHANNEL_GROUP = 4
 OUTPUT_BLOCK = 32
 """Outputs that a block of the packed weight has, kLanes of the source."""
 
-_SOURCE = Path(__file__).with_name("x86_vnni.cpp")
+_SOURCES = tuple(Path(__file__).with_name(name) for name in ("x86_vnni.cpp", "x86_attention.cpp"))
+_HEADER = Path(__file__).with_name("x86_vnni.hpp")
 _OPTIONS = (
     "-O2",
+    "-mavx512f",
+    "-mavx512bw",
+    "-mavx512vl",
+    "-mavx512vnni",
     "-ffp-contract=off",  # a fused multiply-add would round once where the reference rounds twice
     "-std=c++20",
     "-shared",
@@ -65,6 +70,7 @@ def load_vnni() -> bool:
         return False
     torch.library.register_fake("qdiff::vnni_conv2d", _conv2d_fake)
     torch.library.register_fake("qdiff::vnni_linear", _linear_fake)
+    torch.library.register_fake("qdiff::vnni_attention", _attention_fake)
     return True
 
 
@@ -94,7 +100,8 @@ def pack_vnni(weight: Tensor, offset: Tensor, scale: Tensor, bias: Tensor) -> Te
 def _library() -> Path:
     """The compiled operators. Raises OSError without a compiler, CalledProcessError if it refuses, DiskError."""
     root = Path(torch.__file__).parent
-    command = [*find_compiler(), *_OPTIONS, f"-I{root / 'include'}", f"-L{root / 'lib'}", str(_SOURCE), "-ltorch_cpu"]
+    command = [*find_compiler(), *_OPTIONS, f"-I{root / 'include'}", f"-L{root / 'lib'}"]
+    command += [*map(str, _SOURCES), "-ltorch_cpu"]
     key = "\0".join([*command, str(torch.__version__), kernel_digest()]).encode()
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qdiff_fx"
     path = folder / f"x86_vnni-{hashlib.sha256(key).hexdigest()[:16]}.so"
@@ -115,7 +122,8 @@ def find_compiler() -> list[str]:
 
 def kernel_digest() -> str:
     """Of the operators' source and options."""
-    return hashlib.sha256("\0".join(_OPTIONS).encode() + _SOURCE.read_bytes()).hexdigest()[:16]
+    text = b"\0".join(path.read_bytes() for path in (_HEADER, *_SOURCES))
+    return hashlib.sha256("\0".join(_OPTIONS).encode() + text).hexdigest()[:16]
 
 
 def _conv2d_fake(
@@ -132,3 +140,21 @@ def _conv2d_fake(
 
 def _linear_fake(x: Tensor, weight: Tensor, outputs: int, output_dtype: torch.dtype) -> Tensor:
     return torch.empty((*x.shape[:-1], outputs), dtype=output_dtype, device=x.device)
+
+
+def _attention_fake(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    score_scale: float,
+    value_scale: float,
+    zero_points: Sequence[int],
+    qmax: int,
+    output_dtype: torch.dtype,
+) -> Tensor:
+    *leading, length, _ = query.shape
+    size = value.shape[-1]
+    if len(leading) == 1:
+        return torch.empty((*leading, length, size), dtype=output_dtype, device=query.device)
+    batch, heads = leading
+    return torch.empty((batch, length, heads, size), dtype=output_dtype, device=query.device).transpose(1, 2)

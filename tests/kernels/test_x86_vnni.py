@@ -198,7 +198,7 @@ def test_without_a_library_a_warning_says_why(fault: str, tmp_path: Path, monkey
     elif fault == "not C++":
         source = tmp_path / "wrong.cpp"
         source.write_text("this is not C++\n")
-        monkeypatch.setattr(x86_vnni, "_SOURCE", source)
+        monkeypatch.setattr(x86_vnni, "_SOURCES", (source,))
         wanted = "wrong.cpp"
     else:
         (tmp_path / "qdiff_fx").write_text("a file where the folder should be")

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 INSTALLED_AS = {"qdiff_fx": "qdiff_fx", "observers": "qdiff_fx/observers", "passes": "qdiff_fx/passes"}
-DATA_SUFFIXES = {".cpp", ".safetensors", ".json", ".html", ".jinja", ".css", ".js", ".typed"}
+DATA_SUFFIXES = {".cpp", ".hpp", ".safetensors", ".json", ".html", ".jinja", ".css", ".js", ".typed"}
 
 
 def _expected(suffixes: set[str]) -> set[str]:

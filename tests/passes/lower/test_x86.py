@@ -16,7 +16,12 @@ import qdiff_fx
 from factor_latency import give_random_factors
 from qdiff_fx.assets import load_conditional, load_unconditional
 from qdiff_fx.calibration.driver import fit_activations, fit_weights
+from qdiff_fx.graph.meta import FALLBACK
+from qdiff_fx.graph.signature import CallSignature
 from qdiff_fx.kernels import BACKENDS, x86_norms
+from qdiff_fx.kernels.x86_vnni import load_vnni
+from qdiff_fx.passes.base import PassContext, run_passes
+from qdiff_fx.passes.lower import x86_attention
 from subjects import Sketch, calls_of, conditional_unet, signal_to_noise, sketch_inputs
 
 aten = torch.ops.aten
@@ -43,11 +48,25 @@ def targets(graph_module: fx.GraphModule) -> list[Any]:
     return [node.target for node in graph_module.graph.nodes if node.op == "call_function"]
 
 
+def attention_alone(operands: list[Tensor], mask: Tensor | None, numbers: tuple[Any, ...]) -> fx.GraphModule:
+    graph = fx.Graph()
+    values = [*operands, mask]
+    nodes = [None if value is None else graph.placeholder(name) for name, value in zip("qkvm", values, strict=True)]
+    for node, value in zip(nodes, values, strict=True):
+        if node is not None:
+            node.meta["val"] = value
+    call = graph.call_function(qdiff.attention.default, (*nodes, *numbers))
+    call.meta["val"] = torch.empty_like(operands[0])
+    graph.output(call)
+    return fx.GraphModule(nn.Module(), graph)
+
+
 def count(graph_module: fx.GraphModule, prefix: str) -> int:
     return sum(str(target).startswith(prefix) for target in targets(graph_module))
 
 
 INTEGER_LAYER = re.compile(r"qdiff\.(x86|vnni)_(conv2d|linear)\.default")
+INTEGER_ATTENTION = "qdiff.vnni_attention.default"
 
 
 def test_every_integer_layer_runs_on_integer_kernels(prepared: qdiff_fx.PreparedUNet) -> None:
@@ -55,6 +74,7 @@ def test_every_integer_layer_runs_on_integer_kernels(prepared: qdiff_fx.Prepared
     integer = count(model.plan, "qdiff.conv2d") + count(model.plan, "qdiff.linear")
     assert integer > 0
     own = [str(item) for item in targets(model.lowered) if str(item).startswith("qdiff")]
+    own = [item for item in own if item != INTEGER_ATTENTION]
     assert len(own) == integer and all(map(INTEGER_LAYER.fullmatch, own))
 
 
@@ -81,7 +101,55 @@ def test_quality_is_that_of_the_reference(sketch: nn.Module, prepared: qdiff_fx.
     assert quality["bfloat16"] > quality["reference"] - 3.0
 
 
-def test_attention_leaves_its_quantizers_unless_strict(prepared: qdiff_fx.PreparedUNet) -> None:
+@pytest.mark.skipif(not load_vnni(), reason="the CPU has no AVX512-VNNI")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_attention_multiplies_bytes(
+    sketch: nn.Module, prepared: qdiff_fx.PreparedUNet, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(x86_attention, "vnni_available", load_vnni)
+    model = qdiff_fx.convert(prepared, backend="x86", dtype=dtype)
+    assert qdiff.vnni_attention.default in targets(model.lowered)
+    assert not {aten.scaled_dot_product_attention.default, qdiff.attention.default} & set(targets(model.lowered))
+    rows = model.lowering_report().rows
+    assert [row.kernel for row in rows if "attention" in row.kernel] == ["qdiff.vnni_attention"]
+    assert not any(row.fallback for row in rows)
+    sample, timestep = sketch_inputs(16)
+    reference = qdiff_fx.convert(prepared, backend="reference")
+    with torch.no_grad():
+        full, planned = sketch(sample, timestep), reference(sample, timestep)
+        result = model(sample.to(dtype), timestep)
+    assert result.dtype == dtype
+    assert signal_to_noise(full, result.float()) > signal_to_noise(full, planned) - 0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_masked_or_unquantized_attention_stays_in_the_carrier_type(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(x86_attention, "vnni_available", lambda: True)
+    signature = CallSignature(inputs=(), parameters=tuple("qkvm"), structure={}, sample="q", timestep=None)
+    context = PassContext(config=qdiff_fx.QDiffConfig(), signature=signature)
+    operands = [torch.randn(2, 3, length, 8, dtype=dtype) for length in (5, 7, 7)]
+    quantized = ([0.1] * 3, [0] * 3, 8, 8)
+    wide = torch.randn(2, 1, 3, 5, 8, dtype=dtype)
+    for inputs, mask, numbers, reason in (
+        (operands, torch.randn(5, 7), (False, None, *quantized), "no mask"),
+        (operands, None, (True, None, *quantized), "no mask"),
+        (operands, None, (False, None, [], [], 0, 8), "not quantized"),
+        (operands, None, (False, None, [0.1] * 3, [0] * 3, 8, 0), "not quantized"),
+        ([operands[0], *(item[:, :1] for item in operands[1:])], None, (False, None, *quantized), "same heads"),
+        ([wide, wide, wide], None, (False, None, *quantized), "of a batch or none"),
+    ):
+        graph_module = attention_alone(inputs, mask, numbers)
+        run_passes((x86_attention.LowerX86Attention(),), graph_module, context)
+        (call,) = graph_module.graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default)
+        assert reason in (FALLBACK.get(call) or "")
+
+
+def test_attention_leaves_its_quantizers_without_a_kernel(
+    prepared: qdiff_fx.PreparedUNet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(x86_attention, "vnni_available", lambda: False)
     model = qdiff_fx.convert(prepared, backend="x86")
     assert aten.scaled_dot_product_attention.default in targets(model.lowered)
     rows = [row for row in model.lowering_report().rows if row.fallback]

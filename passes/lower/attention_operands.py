@@ -1,0 +1,57 @@
+"""What the backends' integer attentions share: quantized operands, and the operator that takes their place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from qdiff_fx.graph.edit import shape_of, tensor_device
+from qdiff_fx.graph.meta import ATTENTION, KERNEL
+from qdiff_fx.numerics.affine import reciprocal
+from qdiff_fx.passes.lower.integer_layers import add_constant, value_like
+
+qdiff = torch.ops.qdiff
+
+UNQUANTIZED = "its operands or probabilities are not quantized"
+"""Why an attention has no integer kernel on any backend."""
+
+
+def is_quantized(match: fx.Node) -> bool:
+    """Whether a qdiff.attention has quantized operands and probabilities, as integer kernels need them."""
+    arguments: Any = match.args
+    return bool(arguments[6]) and bool(arguments[9])
+
+
+def operand_codes(match: fx.Node, graph_module: fx.GraphModule, name: str) -> list[fx.Node]:
+    """uint8 codes of q, k and v at the graph's insertion point, each by a quantize step of its own.
+
+    Args:
+      match: a qdiff.attention with quantized operands.
+      name: what the names of the steps' constants start with.
+    """
+    arguments: Any = match.args
+    bits = arguments[8]
+    codes = []
+    for operand, step, zero_point, letter in zip(arguments[:3], *arguments[6:8], "qkv", strict=True):
+        value = reciprocal(torch.tensor(step)).to(tensor_device(graph_module))
+        inv_scale = add_constant(graph_module, f"{name}_{letter}_inv_scale", value)
+        inv_scale.meta["val"] = value_like(operand, value)
+        axis = len(shape_of(operand) or ()) - 1
+        node = graph_module.graph.call_function(
+            qdiff.quantize.default, (operand, inv_scale, zero_point, 0, 2**bits - 1, axis)
+        )
+        node.meta = {"val": torch.empty_like(operand.meta["val"], dtype=torch.uint8)}
+        codes.append(node)
+    return codes
+
+
+def replace_attention(match: fx.Node, node: fx.Node, kernel: str) -> None:
+    """Put `node` in the place of a qdiff.attention; the report names `kernel`."""
+    node.meta = dict(match.meta)
+    KERNEL.set(node, kernel)
+    if (policy := ATTENTION.get(match)) is not None:
+        ATTENTION.set(node, policy)
+    match.replace_all_uses_with(node)
+    match.graph.erase_node(match)

@@ -1,0 +1,84 @@
+"""Attention on the x86 backend: products of bytes where a kernel has them, scaled_dot_product_attention elsewhere."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from qdiff_fx.graph.edit import shape_of
+from qdiff_fx.graph.propagate import size_hint
+from qdiff_fx.kernels.x86 import OUTPUT_DTYPES
+from qdiff_fx.kernels.x86_vnni import vnni_available
+from qdiff_fx.numerics.attention import attention_scale
+from qdiff_fx.passes.base import PassContext, RewritePass
+from qdiff_fx.passes.lower.attention_operands import UNQUANTIZED, is_quantized, operand_codes, replace_attention
+from qdiff_fx.passes.lower.carrier_attention import drop_quantizers
+
+aten = torch.ops.aten
+qdiff = torch.ops.qdiff
+
+_RANKS = (3, 4)
+
+
+class LowerX86Attention(RewritePass[fx.Node]):
+    """qdiff.attention becomes qdiff.vnni_attention where that can run: it is the fastest at every size measured.
+
+    Its probabilities lie on a finer grid than the plan's (docs/decisions/013). Elsewhere scaled_dot_product_attention
+    runs in the carrier type, without rounding, and the report says why.
+
+    Left alone: everything under strict=True, which keeps the simulated quantization.
+    """
+
+    def pattern(self, node: fx.Node, graph_module: fx.GraphModule, context: PassContext) -> fx.Node | None:
+        return node if node.target is qdiff.attention.default else None
+
+    def check(self, match: fx.Node, graph_module: fx.GraphModule, context: PassContext) -> str | None:
+        return "strict=True keeps quantized attention" if context.strict else None
+
+    def rewrite(self, match: fx.Node, graph_module: fx.GraphModule, context: PassContext) -> None:
+        reason = _reason(match)
+        if reason is None:
+            _use_kernel(match, graph_module)
+        else:
+            drop_quantizers(match, graph_module, reason)
+
+
+def _reason(match: fx.Node) -> str | None:
+    """Why the kernel cannot run an attention, None if it can."""
+    if not is_quantized(match):
+        return UNQUANTIZED
+    if not vnni_available():
+        return "no int8 attention kernel wins on this CPU"
+    arguments: Any = match.args
+    query, key, value, mask, is_causal = arguments[:5]
+    if mask is not None or is_causal:
+        return "the int8 kernel has no mask"
+    shapes = [[size_hint(size) for size in shape_of(item) or ()] for item in (query, key, value)]
+    if len(shapes[0]) not in _RANKS or any(shape[:-2] != shapes[0][:-2] for shape in shapes):
+        return "the int8 kernel wants q, k and v of the same heads, and of a batch or none"
+    return None
+
+
+def _use_kernel(match: fx.Node, graph_module: fx.GraphModule) -> None:
+    graph = graph_module.graph
+    arguments: Any = match.args
+    query, _, _, _, _, scale, scales, zero_points, _, softmax_bits = arguments
+    output_dtype = match.meta["val"].dtype
+    kernel_dtype = output_dtype if output_dtype in OUTPUT_DTYPES else torch.float32
+    with graph.inserting_before(match):
+        node = graph.call_function(
+            qdiff.vnni_attention.default,
+            (
+                *operand_codes(match, graph_module, f"x86_{match.name}"),
+                scales[0] * scales[1] * attention_scale(query.meta["val"], scale),
+                scales[2],
+                [zero_points[0], zero_points[2]],
+                2**softmax_bits - 1,
+                kernel_dtype,
+            ),
+        )
+        node.meta = {"val": match.meta["val"].to(kernel_dtype)}
+        result = node if kernel_dtype == output_dtype else graph.call_function(aten.to.dtype, (node, output_dtype))
+    replace_attention(match, result, "qdiff.vnni_attention")

@@ -1,0 +1,299 @@
+// Attention on bytes with AVX512-VNNI: softmax(scale * (q - z_q) (k - z_k)^T) (v - z_v) * s_v, in a floating type.
+//
+// Keys stand where a linear's outputs stand (x86_vnni.cpp) and are packed likewise, then values, keys as their channels.
+// Terms that are one number for all keys of a row fall out of the softmax: z_k is not needed. Of kQueries rows the scores
+// of all keys are summed first; their probabilities become bytes on a grid of their own for every row, the largest
+// being qmax, so that a row over many keys keeps what a grid of 1 / qmax would round to zero:
+//
+//   p[s] = round(qmax * 2^(c * (score[s] - max))), c = scale * log2(e);  y = (sum of p[s] v[s] / sum of p[s] - z_v) * s_v
+
+#include <array>
+#include <limits>
+#include <vector>
+
+#include <torch/csrc/stable/library.h>
+
+#include "x86_vnni.hpp"
+
+namespace qdiff {
+namespace {
+
+constexpr int kKeyVectors = 2;
+constexpr int kKeyLanes = 16 * kKeyVectors;
+constexpr int kScoreRows = 12;
+constexpr int kQueries = 24; // of a tile; rows of every shape of sums divide it
+
+// Codes [batch, heads, length, size]; distances in bytes, elements of a row being neighbours.
+struct Operand {
+  const uint8_t* data;
+  int64_t length, size;
+  int64_t by_batch, by_head, by_row;
+
+  const uint8_t* head(int64_t batch, int64_t head) const { return data + batch * by_batch + head * by_head; }
+};
+
+// Vectors of outputs that are summed together, and the rows that leave room for them.
+constexpr int rows_of(int vectors) { return kQueries / vectors; }
+
+int vectors_of(int64_t left) {
+  const int64_t vectors = (left + 15) / 16;
+  return static_cast<int>(vectors == 4 ? 2 : std::min<int64_t>(vectors, 3));
+}
+
+// A head's keys and values as the sums read them.
+struct Packed {
+  int8_t* keys;    // [blocks, size / 4, kKeyLanes, 4]
+  int32_t* offset; // of a score: -z_q * sum of the key's codes
+  int8_t* values;  // for each part of the values' size [length / 4, its lanes, 4]
+};
+
+// What a head's keys and values take, each filled up to whole cache lines.
+struct Sizes {
+  int64_t keys, values, key_bytes, offset_bytes, value_bytes;
+
+  Sizes(int64_t length, int64_t size, int64_t value_size)
+      : keys(filled_up(length, kKeyLanes)), values(filled_up(value_size, 16)), key_bytes(keys * filled_up(size, 4)),
+        offset_bytes(4 * keys), value_bytes(filled_up(length, 4) * values) {}
+
+  int64_t bytes() const { return filled_up(key_bytes + offset_bytes + value_bytes, 64); }
+
+  Packed at(int8_t* start) const {
+    return {start, reinterpret_cast<int32_t*>(start + key_bytes), start + key_bytes + offset_bytes};
+  }
+};
+
+// Keys [rows, size] as signed bytes, and what the queries' zero point adds to each key's scores.
+void pack_keys(const uint8_t* keys, const Operand& key, int32_t query_zero_point, const Packed& to) {
+  const int64_t whole = key.size / 4, groups = filled_up(key.size, 4) / 4, filled = filled_up(key.length, kKeyLanes);
+  std::memset(to.keys, 0, static_cast<size_t>(filled * groups * 4));
+  std::memset(to.offset, 0, static_cast<size_t>(4 * filled));
+  for (int64_t i = 0; i < key.length; ++i) {
+    const uint8_t* row = keys + i * key.by_row;
+    int8_t* out = to.keys + (i / kKeyLanes * groups * kKeyLanes + i % kKeyLanes) * 4;
+    int32_t sum = 0;
+    for (int64_t c = 0; c < key.size; ++c) sum += row[c];
+    to.offset[i] = -query_zero_point * (sum - 128 * static_cast<int32_t>(key.size));
+    for (int64_t g = 0; g < whole; ++g) {
+      uint32_t four;
+      std::memcpy(&four, row + 4 * g, 4);
+      four ^= 0x80808080; // from codes to codes - 128
+      std::memcpy(out + 4 * kKeyLanes * g, &four, 4);
+    }
+    for (int64_t c = 4 * whole; c < key.size; ++c)
+      out[4 * kKeyLanes * whole + c % 4] = static_cast<int8_t>(row[c] ^ 0x80);
+  }
+}
+
+// Values [rows, size] as signed bytes, four rows side by side.
+void pack_values(const uint8_t* values, const Operand& value, int8_t* to) {
+  const __m128i sign = _mm_set1_epi8(-128);
+  const int64_t groups = filled_up(value.length, 4) / 4;
+  for (int64_t first = 0; first < value.size;) {
+    const int64_t lanes = 16 * vectors_of(value.size - first);
+    for (int64_t g = 0; g < groups; ++g) {
+      for (int64_t d = 0; d < lanes; d += 16, to += 64) {
+        const __mmask16 kept = first + d < value.size ? first_lanes(value.size - first - d) : 0;
+        __m128i rows[4];
+        for (int64_t r = 0; r < 4; ++r) {
+          const int64_t key = 4 * g + r;
+          rows[r] = _mm_xor_si128(sign, key < value.length
+                                            ? _mm_mask_loadu_epi8(sign, kept, values + key * value.by_row + first + d)
+                                            : sign);
+        }
+        const __m128i low01 = _mm_unpacklo_epi8(rows[0], rows[1]), low23 = _mm_unpacklo_epi8(rows[2], rows[3]);
+        const __m128i high01 = _mm_unpackhi_epi8(rows[0], rows[1]), high23 = _mm_unpackhi_epi8(rows[2], rows[3]);
+        auto* out = reinterpret_cast<__m128i*>(to);
+        _mm_storeu_si128(out, _mm_unpacklo_epi16(low01, low23));
+        _mm_storeu_si128(out + 1, _mm_unpackhi_epi16(low01, low23));
+        _mm_storeu_si128(out + 2, _mm_unpacklo_epi16(high01, high23));
+        _mm_storeu_si128(out + 3, _mm_unpackhi_epi16(high01, high23));
+      }
+    }
+    first += lanes;
+  }
+}
+
+// What a thread works in: a tile's queries, scores and probabilities.
+struct Scratch {
+  std::vector<uint8_t> queries, probabilities;
+  std::vector<int32_t> scores;
+};
+
+// scores [kQueries, keys] of the queries [kQueries, groups * 4].
+void score(const uint8_t* queries, int64_t groups, const Packed& packed, int64_t keys, int32_t* scores) {
+  for (int64_t first = 0; first < keys; first += kKeyLanes) {
+    for (int row = 0; row < kQueries; row += kScoreRows) {
+      const uint8_t* rows[kScoreRows];
+#pragma GCC unroll 12
+      for (int r = 0; r < kScoreRows; ++r) rows[r] = queries + (row + r) * 4 * groups;
+      Sums<kScoreRows, kKeyVectors> sums;
+      sums.start(packed.offset + first);
+      sums.add(rows, groups, packed.keys + first * 4 * groups);
+#pragma GCC unroll 12
+      for (int r = 0; r < kScoreRows; ++r)
+#pragma GCC unroll 2
+        for (int v = 0; v < kKeyVectors; ++v)
+          _mm512_storeu_si512(scores + (row + r) * keys + first + 16 * v, sums.at[r][v]);
+    }
+  }
+}
+
+// probabilities[s] = round(qmax * 2^(factor * (scores[s] - max))) of one row, zeros behind the last; their sum.
+int32_t exponentiate(const int32_t* scores, int64_t length, float factor, float qmax, uint8_t* probabilities) {
+  const int64_t whole = length / 16 * 16;
+  const __mmask16 rest = first_lanes(length - whole);
+  __m512i largest = _mm512_set1_epi32(std::numeric_limits<int32_t>::min());
+  for (int64_t i = 0; i < whole; i += 16) largest = _mm512_max_epi32(largest, _mm512_loadu_si512(scores + i));
+  largest = _mm512_mask_max_epi32(largest, rest, largest, _mm512_maskz_loadu_epi32(rest, scores + whole));
+  largest = _mm512_set1_epi32(_mm512_reduce_max_epi32(largest));
+  const __m512 scale = _mm512_set1_ps(factor);
+  // qmax * 2^r for |r| <= 1/2, to 8e-5 of itself: least greatest relative error of a cubic.
+  const __m512 c0 = _mm512_set1_ps(qmax * 0.99992807f), c1 = _mm512_set1_ps(qmax * 0.69326099f);
+  const __m512 c2 = _mm512_set1_ps(qmax * 0.24261114f), c3 = _mm512_set1_ps(qmax * 0.05517167f);
+  __m512i sum = _mm512_setzero_si512();
+  for (int64_t i = 0; i < length; i += 16) {
+    const __m512i below = _mm512_sub_epi32(_mm512_loadu_si512(scores + i), largest);
+    const __m512 exponent = _mm512_mul_ps(_mm512_cvtepi32_ps(below), scale);
+    const __m512 integer = _mm512_roundscale_ps(exponent, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m512 r = _mm512_sub_ps(exponent, integer);
+    const __m512 power = _mm512_fmadd_ps(_mm512_fmadd_ps(_mm512_fmadd_ps(c3, r, c2), r, c1), r, c0);
+    __m512i code = _mm512_cvtps_epi32(_mm512_scalef_ps(power, integer));
+    if (i == whole) code = _mm512_maskz_mov_epi32(rest, code);
+    sum = _mm512_add_epi32(sum, code);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(probabilities + i), _mm512_cvtepi32_epi8(code));
+  }
+  return _mm512_reduce_add_epi32(sum);
+}
+
+struct Output {
+  Target target;
+  int64_t queries; // rows that there are
+  float value_scale, value_zero_point;
+};
+
+// The outputs of a tile from lane `first` on, 16 * kVectors of them, at `element` of the result.
+template <int kVectors>
+void average(const uint8_t* probabilities, int64_t by_row, const int32_t* totals, int64_t groups, const int8_t* values,
+             const Output& output, int64_t element, int64_t left) {
+  constexpr int kRows = rows_of(kVectors);
+  for (int row = 0; row < kQueries && row < output.queries; row += kRows) {
+    const uint8_t* rows[kRows];
+#pragma GCC unroll 24
+    for (int r = 0; r < kRows; ++r) rows[r] = probabilities + (row + r) * by_row;
+    Sums<kRows, kVectors> sums;
+    sums.start(nullptr);
+    sums.add(rows, groups, values);
+#pragma GCC unroll 24
+    for (int r = 0; r < kRows; ++r) {
+      if (row + r >= output.queries) break;
+      const __m512 share = _mm512_set1_ps(output.value_scale / static_cast<float>(totals[row + r]));
+      const __m512 zero = _mm512_set1_ps(-output.value_scale * output.value_zero_point);
+#pragma GCC unroll 3
+      for (int v = 0; v < kVectors; ++v) {
+        if (left <= 16 * v) break;
+        const __m512 value = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums.at[r][v]), share, zero);
+        output.target.store(element + (row + r) * output.target.row + 16 * v, first_lanes(left - 16 * v), value);
+      }
+    }
+  }
+}
+
+struct Numbers {
+  float factor, qmax, value_scale, value_zero_point;
+};
+
+// Up to kQueries rows of a head's output, the first of them at `element` of the result.
+void attend(const uint8_t* queries, int64_t count, const Operand& query, const Operand& value, const Packed& packed,
+            const Numbers& numbers, const Target& target, int64_t element, Scratch& scratch) {
+  const int64_t groups = filled_up(query.size, 4) / 4, length = value.length, keys = filled_up(length, kKeyLanes);
+  scratch.queries.resize(static_cast<size_t>(kQueries * groups * 4));
+  scratch.scores.resize(static_cast<size_t>(kQueries * keys));
+  scratch.probabilities.resize(static_cast<size_t>(kQueries * keys));
+  for (int64_t i = 0; i < kQueries; ++i)
+    std::memcpy(scratch.queries.data() + i * groups * 4, queries + std::min(i, count - 1) * query.by_row,
+                static_cast<size_t>(query.size));
+  score(scratch.queries.data(), groups, packed, keys, scratch.scores.data());
+  std::array<int32_t, kQueries> totals;
+  for (int64_t i = 0; i < count; ++i)
+    totals[i] = exponentiate(scratch.scores.data() + i * keys, length, numbers.factor, numbers.qmax,
+                             scratch.probabilities.data() + i * keys);
+  const Output output{target, count, numbers.value_scale, numbers.value_zero_point};
+  const int8_t* values = packed.values;
+  for (int64_t first = 0; first < value.size;) {
+    const int vectors = vectors_of(value.size - first);
+    const auto part = vectors == 3 ? average<3> : vectors == 2 ? average<2> : average<1>;
+    part(scratch.probabilities.data(), keys, totals.data(), filled_up(length, 4) / 4, values, output, element + first,
+         value.size - first);
+    values += 16 * vectors * filled_up(length, 4);
+    first += 16 * vectors;
+  }
+}
+
+// x as [batch, heads, length, size]; `kept` is what the operand's data lives in.
+Operand operand(const Tensor& x, Tensor& kept) {
+  const int64_t rank = x.dim();
+  STD_TORCH_CHECK(rank == 3 || rank == 4, "want [heads, length, size] or [batch, heads, length, size]");
+  kept = x.size(rank - 1) > 1 && x.stride(rank - 1) != 1 ? torch::stable::contiguous(x) : x;
+  return {codes_of(kept), kept.size(rank - 2), kept.size(rank - 1), rank == 4 ? kept.stride(0) : 0,
+          kept.stride(rank - 3), kept.stride(rank - 2)};
+}
+
+// The result of a batch lies as [batch, length, heads, size] in memory: the layer behind it reads rows of all heads.
+Tensor attention(Tensor q, Tensor k, Tensor v, double score_scale, double value_scale, std::vector<int64_t> zero_points,
+                 int64_t qmax, ScalarType dtype) {
+  Tensor kept[3];
+  const Operand query = operand(q, kept[0]), key = operand(k, kept[1]), value = operand(v, kept[2]);
+  const int64_t rank = q.dim(), batch = rank == 4 ? q.size(0) : 1, heads = q.size(rank - 3);
+  STD_TORCH_CHECK(k.dim() == rank && v.dim() == rank && query.size == key.size && key.length == value.length,
+                  "want q [..., L, E], k [..., S, E] and v [..., S, D]");
+  for (int64_t i = 0; i + 2 < rank; ++i)
+    STD_TORCH_CHECK(k.size(i) == q.size(i) && v.size(i) == q.size(i), "want q, k and v of the same batch and heads");
+  STD_TORCH_CHECK(key.length > 0, "want at least one key");
+  STD_TORCH_CHECK(zero_points.size() == 2, "zero points: want those of q and v");
+  STD_TORCH_CHECK(0 < qmax && qmax < 256, "qmax: want 1 to 255");
+  const int64_t length = query.length, row = rank == 4 ? heads * value.size : value.size;
+  const int64_t by_head = rank == 4 ? value.size : length * row, by_batch = length * row;
+  const int64_t sizes[] = {batch, heads, length, value.size}, strides[] = {by_batch, by_head, row, 1};
+  Tensor y = empty(sizes + 4 - rank, strides + 4 - rank, rank, dtype);
+  if (length == 0 || batch * heads == 0 || value.size == 0) return y;
+
+  const Sizes packed(key.length, key.size, value.size);
+  thread_local std::vector<int8_t> memory;
+  memory.resize(static_cast<size_t>(batch * heads * packed.bytes()));
+  int8_t* start = memory.data();
+  const int64_t grain = std::max<int64_t>(1, kGrain / 16 / packed.bytes());
+  torch::stable::parallel_for(0, batch * heads, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const Packed to = packed.at(start + i * packed.bytes());
+      pack_keys(key.head(i / heads, i % heads), key, static_cast<int32_t>(zero_points[0]), to);
+      pack_values(value.head(i / heads, i % heads), value, to.values);
+    }
+  });
+  const Numbers numbers{static_cast<float>(score_scale * 1.4426950408889634), static_cast<float>(qmax),
+                        static_cast<float>(value_scale), static_cast<float>(zero_points[1] - 128)};
+  const Target target{static_cast<char*>(y.mutable_data_ptr()), row, dtype == ScalarType::BFloat16};
+  const int64_t tiles = filled_up(length, kQueries) / kQueries;
+  const int64_t work = kQueries * packed.keys * (query.size + packed.values + 64);
+  torch::stable::parallel_for(
+      0, batch * heads * tiles, std::max<int64_t>(1, kGrain / work), [&](int64_t begin, int64_t end) {
+        thread_local Scratch scratch;
+        for (int64_t index = begin; index < end; ++index) {
+          const int64_t i = index / tiles, first = index % tiles * kQueries;
+          attend(query.head(i / heads, i % heads) + first * query.by_row, std::min<int64_t>(kQueries, length - first),
+                 query, value, packed.at(start + i * packed.bytes()), numbers, target,
+                 i / heads * by_batch + i % heads * by_head + first * row, scratch);
+        }
+      });
+  return y;
+}
+
+} // namespace
+} // namespace qdiff
+
+STABLE_TORCH_LIBRARY_FRAGMENT(qdiff, library) {
+  library.def(
+      "vnni_attention(Tensor query, Tensor key, Tensor value, float score_scale, float value_scale, int[] zero_points, "
+      "int qmax, ScalarType output_dtype) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(qdiff, CPU, library) { library.impl("vnni_attention", TORCH_BOX(&qdiff::attention)); }
