@@ -14,15 +14,6 @@ from qdiff_fx.passes.lower.integer_layers import add_constant, value_like
 
 qdiff = torch.ops.qdiff
 
-UNQUANTIZED = "its operands or probabilities are not quantized"
-"""Why an attention has no integer kernel on any backend."""
-
-
-def is_quantized(match: fx.Node) -> bool:
-    """Whether a qdiff.attention has quantized operands and probabilities, as integer kernels need them."""
-    arguments: Any = match.args
-    return bool(arguments[6]) and bool(arguments[9])
-
 
 def operand_codes(match: fx.Node, graph_module: fx.GraphModule, name: str) -> list[fx.Node]:
     """uint8 codes of q, k and v at the graph's insertion point, each by a quantize step of its own.

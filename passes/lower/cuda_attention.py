@@ -16,7 +16,7 @@ from qdiff_fx.kernels.cuda_tiles import AttentionTile, attention_tiles
 from qdiff_fx.kernels.cuda_weights import SIGNED_OFFSET
 from qdiff_fx.numerics.attention import attention_scale
 from qdiff_fx.passes.base import PassContext, RewritePass
-from qdiff_fx.passes.lower.attention_operands import UNQUANTIZED, is_quantized, operand_codes, replace_attention
+from qdiff_fx.passes.lower.attention_operands import operand_codes, replace_attention
 from qdiff_fx.passes.lower.carrier_attention import drop_quantizers
 from qdiff_fx.passes.lower.cuda_target import DEFAULT_CAPABILITY, target_gpu
 from qdiff_fx.passes.lower.signed_codes import signed_codes
@@ -38,7 +38,7 @@ class LowerCudaAttention(RewritePass[fx.Node]):
         return node if node.target is qdiff.attention.default else None
 
     def check(self, match: fx.Node, graph_module: fx.GraphModule, context: PassContext) -> str | None:
-        if context.strict and not is_quantized(match):
+        if context.strict and not has_kernel(match):
             return "strict=True keeps quantizers that no integer kernel has"
         return None
 
@@ -54,8 +54,8 @@ class LowerCudaAttention(RewritePass[fx.Node]):
 
 def _reason(match: fx.Node, gpu: Gpu | None, context: PassContext) -> str | None:
     """Why the attention is better off in the carrier type, None if it is not."""
-    if not is_quantized(match):
-        return UNQUANTIZED
+    if not has_kernel(match):
+        return "its operands or probabilities are not quantized"
     if match.name in context.carrier_layers or match.name in context.kernels:
         return context.carrier_layers.get(match.name)
     work, judge = attention_work(match), gpu or GPUS[DEFAULT_CAPABILITY]
@@ -63,6 +63,12 @@ def _reason(match: fx.Node, gpu: Gpu | None, context: PassContext) -> str | None
     if integer < carrier:
         return None
     return f"predicted {integer:.1f} us on integers, {carrier:.1f} us in the carrier type"
+
+
+def has_kernel(node: fx.Node) -> bool:
+    """Whether a qdiff.attention has quantized operands and probabilities, as the integer kernel needs them."""
+    arguments: Any = node.args
+    return bool(arguments[6]) and bool(arguments[9])
 
 
 def attention_kernels(node: fx.Node, gpu: Gpu | None) -> dict[str, AttentionTile]:

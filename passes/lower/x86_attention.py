@@ -13,20 +13,23 @@ from qdiff_fx.kernels.x86 import OUTPUT_DTYPES
 from qdiff_fx.kernels.x86_vnni import vnni_available
 from qdiff_fx.numerics.attention import attention_scale
 from qdiff_fx.passes.base import PassContext, RewritePass
-from qdiff_fx.passes.lower.attention_operands import UNQUANTIZED, is_quantized, operand_codes, replace_attention
+from qdiff_fx.passes.lower.attention_operands import operand_codes, replace_attention
 from qdiff_fx.passes.lower.carrier_attention import drop_quantizers
 
 aten = torch.ops.aten
 qdiff = torch.ops.qdiff
 
+CARRIER_SOFTMAX_BITS = 16
+"""Width of probabilities that the plan leaves in the carrier type."""
 _RANKS = (3, 4)
 
 
 class LowerX86Attention(RewritePass[fx.Node]):
     """qdiff.attention becomes qdiff.vnni_attention where that can run: it is the fastest at every size measured.
 
-    Its probabilities lie on a finer grid than the plan's (docs/decisions/013). Elsewhere scaled_dot_product_attention
-    runs in the carrier type, without rounding, and the report says why.
+    Its probabilities lie on a finer grid than the plan's, and have 16 bits where the plan keeps them in the carrier
+    type (docs/decisions/013). Elsewhere scaled_dot_product_attention runs in the carrier type, without rounding, and
+    the report says why.
 
     Left alone: everything under strict=True, which keeps the simulated quantization.
     """
@@ -47,12 +50,12 @@ class LowerX86Attention(RewritePass[fx.Node]):
 
 def _reason(match: fx.Node) -> str | None:
     """Why the kernel cannot run an attention, None if it can."""
-    if not is_quantized(match):
-        return UNQUANTIZED
+    arguments: Any = match.args
+    query, key, value, mask, is_causal, _, scales = arguments[:7]
+    if not scales:
+        return "its operands are not quantized"
     if not vnni_available():
         return "no int8 attention kernel wins on this CPU"
-    arguments: Any = match.args
-    query, key, value, mask, is_causal = arguments[:5]
     if mask is not None or is_causal:
         return "the int8 kernel has no mask"
     shapes = [[size_hint(size) for size in shape_of(item) or ()] for item in (query, key, value)]
@@ -75,7 +78,7 @@ def _use_kernel(match: fx.Node, graph_module: fx.GraphModule) -> None:
                 scales[0] * scales[1] * attention_scale(query.meta["val"], scale),
                 scales[2],
                 [zero_points[0], zero_points[2]],
-                2**softmax_bits - 1,
+                2 ** (softmax_bits or CARRIER_SOFTMAX_BITS) - 1,
                 kernel_dtype,
             ),
         )

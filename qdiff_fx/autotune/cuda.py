@@ -29,8 +29,7 @@ from qdiff_fx.graph.meta import LayerTiming
 from qdiff_fx.kernels.cuda_gpu import Gpu
 from qdiff_fx.kernels.cuda_tiles import AttentionTile, Tile
 from qdiff_fx.kernels.cuda_weights import border_limit
-from qdiff_fx.passes.lower.attention_operands import is_quantized
-from qdiff_fx.passes.lower.cuda_attention import attention_kernels
+from qdiff_fx.passes.lower.cuda_attention import attention_kernels, has_kernel
 from qdiff_fx.passes.lower.cuda_layers import NO_REQUANTIZE, layer_kernels
 from qdiff_fx.passes.lower.cuda_target import target_gpu
 from qdiff_fx.passes.lower.integer_layers import IntegerLayer, integer_layer
@@ -49,7 +48,7 @@ def subjects(graph_module: fx.GraphModule) -> Iterator[Subject]:
         if layer is not None:
             if computed_operands([item for item in node.args[1:6] if isinstance(item, fx.Node)]) is None:
                 yield _layer(layer, gpu, device)
-        elif node.target is qdiff.attention.default and is_quantized(node):
+        elif node.target is qdiff.attention.default and has_kernel(node):
             yield _attention(node, gpu, device)
 
 

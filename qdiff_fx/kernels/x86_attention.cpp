@@ -6,6 +6,8 @@
 // being qmax, so that a row over many keys keeps what a grid of 1 / qmax would round to zero:
 //
 //   p[s] = round(qmax * 2^(c * (score[s] - max))), c = scale * log2(e);  y = (sum of p[s] v[s] / sum of p[s] - z_v) * s_v
+//
+// Probabilities of more than 8 bits are two planes of bytes, the high ones and the low ones.
 
 #include <array>
 #include <limits>
@@ -138,8 +140,11 @@ void score(const uint8_t* queries, int64_t groups, const Packed& packed, int64_t
   }
 }
 
-// probabilities[s] = round(qmax * 2^(factor * (scores[s] - max))) of one row, zeros behind the last; their sum.
-int32_t exponentiate(const int32_t* scores, int64_t length, float factor, float qmax, uint8_t* probabilities) {
+// probabilities[s] = round(qmax * 2^(factor * (scores[s] - max))) of one row, zeros behind the last; their sum. Of two
+// planes the high bytes come first, the low ones `by_plane` behind them.
+template <int kPlanes>
+float exponentiate(const int32_t* scores, int64_t length, float factor, float qmax, uint8_t* probabilities,
+                   int64_t by_plane) {
   const int64_t whole = length / 16 * 16;
   const __mmask16 rest = first_lanes(length - whole);
   __m512i largest = _mm512_set1_epi32(std::numeric_limits<int32_t>::min());
@@ -147,22 +152,29 @@ int32_t exponentiate(const int32_t* scores, int64_t length, float factor, float 
   largest = _mm512_mask_max_epi32(largest, rest, largest, _mm512_maskz_loadu_epi32(rest, scores + whole));
   largest = _mm512_set1_epi32(_mm512_reduce_max_epi32(largest));
   const __m512 scale = _mm512_set1_ps(factor);
-  // qmax * 2^r for |r| <= 1/2, to 8e-5 of itself: least greatest relative error of a cubic.
-  const __m512 c0 = _mm512_set1_ps(qmax * 0.99992807f), c1 = _mm512_set1_ps(qmax * 0.69326099f);
-  const __m512 c2 = _mm512_set1_ps(qmax * 0.24261114f), c3 = _mm512_set1_ps(qmax * 0.05517167f);
+  // qmax * 2^r for |r| <= 1/2, to 2.6e-6 of itself: the quartic of least greatest relative error.
+  const __m512 c0 = _mm512_set1_ps(qmax * 0.99999926f), c1 = _mm512_set1_ps(qmax * 0.69312181f);
+  const __m512 c2 = _mm512_set1_ps(qmax * 0.24024745f), c3 = _mm512_set1_ps(qmax * 0.05591786f);
+  const __m512 c4 = _mm512_set1_ps(qmax * 0.00957010f);
   __m512i sum = _mm512_setzero_si512();
   for (int64_t i = 0; i < length; i += 16) {
     const __m512i below = _mm512_sub_epi32(_mm512_loadu_si512(scores + i), largest);
     const __m512 exponent = _mm512_mul_ps(_mm512_cvtepi32_ps(below), scale);
     const __m512 integer = _mm512_roundscale_ps(exponent, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     const __m512 r = _mm512_sub_ps(exponent, integer);
-    const __m512 power = _mm512_fmadd_ps(_mm512_fmadd_ps(_mm512_fmadd_ps(c3, r, c2), r, c1), r, c0);
+    const __m512 cubic = _mm512_fmadd_ps(_mm512_fmadd_ps(_mm512_fmadd_ps(c4, r, c3), r, c2), r, c1);
+    const __m512 power = _mm512_fmadd_ps(cubic, r, c0);
     __m512i code = _mm512_cvtps_epi32(_mm512_scalef_ps(power, integer));
     if (i == whole) code = _mm512_maskz_mov_epi32(rest, code);
     sum = _mm512_add_epi32(sum, code);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(probabilities + i), _mm512_cvtepi32_epi8(code));
+    auto* out = reinterpret_cast<__m128i*>(probabilities + i);
+    if constexpr (kPlanes == 2) {
+      _mm_storeu_si128(out, _mm512_cvtepi32_epi8(_mm512_srli_epi32(code, 8)));
+      out = reinterpret_cast<__m128i*>(probabilities + by_plane + i);
+    }
+    _mm_storeu_si128(out, _mm512_cvtepi32_epi8(code));
   }
-  return _mm512_reduce_add_epi32(sum);
+  return _mm512_reduce_add_ps(_mm512_cvtepi32_ps(sum));
 }
 
 struct Output {
@@ -172,26 +184,32 @@ struct Output {
 };
 
 // The outputs of a tile from lane `first` on, 16 * kVectors of them, at `element` of the result.
-template <int kVectors>
-void average(const uint8_t* probabilities, int64_t by_row, const int32_t* totals, int64_t groups, const int8_t* values,
+template <int kVectors, int kPlanes>
+void average(const uint8_t* probabilities, int64_t by_row, const float* totals, int64_t groups, const int8_t* values,
              const Output& output, int64_t element, int64_t left) {
   constexpr int kRows = rows_of(kVectors);
   for (int row = 0; row < kQueries && row < output.queries; row += kRows) {
-    const uint8_t* rows[kRows];
+    Sums<kRows, kVectors> planes[kPlanes];
+#pragma GCC unroll 2
+    for (int plane = 0; plane < kPlanes; ++plane) {
+      const uint8_t* rows[kRows];
 #pragma GCC unroll 24
-    for (int r = 0; r < kRows; ++r) rows[r] = probabilities + (row + r) * by_row;
-    Sums<kRows, kVectors> sums;
-    sums.start(nullptr);
-    sums.add(rows, groups, values);
+      for (int r = 0; r < kRows; ++r) rows[r] = probabilities + (plane * kQueries + row + r) * by_row;
+      planes[plane].start(nullptr);
+      planes[plane].add(rows, groups, values);
+    }
 #pragma GCC unroll 24
     for (int r = 0; r < kRows; ++r) {
       if (row + r >= output.queries) break;
-      const __m512 share = _mm512_set1_ps(output.value_scale / static_cast<float>(totals[row + r]));
+      const __m512 share = _mm512_set1_ps(output.value_scale / totals[row + r]);
       const __m512 zero = _mm512_set1_ps(-output.value_scale * output.value_zero_point);
 #pragma GCC unroll 3
       for (int v = 0; v < kVectors; ++v) {
         if (left <= 16 * v) break;
-        const __m512 value = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums.at[r][v]), share, zero);
+        __m512 sum = _mm512_cvtepi32_ps(planes[0].at[r][v]);
+        if constexpr (kPlanes == 2)
+          sum = _mm512_fmadd_ps(sum, _mm512_set1_ps(256.0f), _mm512_cvtepi32_ps(planes[1].at[r][v]));
+        const __m512 value = _mm512_fmadd_ps(sum, share, zero);
         output.target.store(element + (row + r) * output.target.row + 16 * v, first_lanes(left - 16 * v), value);
       }
     }
@@ -203,25 +221,26 @@ struct Numbers {
 };
 
 // Up to kQueries rows of a head's output, the first of them at `element` of the result.
+template <int kPlanes>
 void attend(const uint8_t* queries, int64_t count, const Operand& query, const Operand& value, const Packed& packed,
             const Numbers& numbers, const Target& target, int64_t element, Scratch& scratch) {
   const int64_t groups = filled_up(query.size, 4) / 4, length = value.length, keys = filled_up(length, kKeyLanes);
   scratch.queries.resize(static_cast<size_t>(kQueries * groups * 4));
   scratch.scores.resize(static_cast<size_t>(kQueries * keys));
-  scratch.probabilities.resize(static_cast<size_t>(kQueries * keys));
+  scratch.probabilities.resize(static_cast<size_t>(kPlanes * kQueries * keys));
   for (int64_t i = 0; i < kQueries; ++i)
     std::memcpy(scratch.queries.data() + i * groups * 4, queries + std::min(i, count - 1) * query.by_row,
                 static_cast<size_t>(query.size));
   score(scratch.queries.data(), groups, packed, keys, scratch.scores.data());
-  std::array<int32_t, kQueries> totals;
+  std::array<float, kQueries> totals;
   for (int64_t i = 0; i < count; ++i)
-    totals[i] = exponentiate(scratch.scores.data() + i * keys, length, numbers.factor, numbers.qmax,
-                             scratch.probabilities.data() + i * keys);
+    totals[i] = exponentiate<kPlanes>(scratch.scores.data() + i * keys, length, numbers.factor, numbers.qmax,
+                                      scratch.probabilities.data() + i * keys, kQueries * keys);
   const Output output{target, count, numbers.value_scale, numbers.value_zero_point};
   const int8_t* values = packed.values;
   for (int64_t first = 0; first < value.size;) {
     const int vectors = vectors_of(value.size - first);
-    const auto part = vectors == 3 ? average<3> : vectors == 2 ? average<2> : average<1>;
+    const auto part = vectors == 3 ? average<3, kPlanes> : vectors == 2 ? average<2, kPlanes> : average<1, kPlanes>;
     part(scratch.probabilities.data(), keys, totals.data(), filled_up(length, 4) / 4, values, output, element + first,
          value.size - first);
     values += 16 * vectors * filled_up(length, 4);
@@ -250,7 +269,7 @@ Tensor attention(Tensor q, Tensor k, Tensor v, double score_scale, double value_
     STD_TORCH_CHECK(k.size(i) == q.size(i) && v.size(i) == q.size(i), "want q, k and v of the same batch and heads");
   STD_TORCH_CHECK(key.length > 0, "want at least one key");
   STD_TORCH_CHECK(zero_points.size() == 2, "zero points: want those of q and v");
-  STD_TORCH_CHECK(0 < qmax && qmax < 256, "qmax: want 1 to 255");
+  STD_TORCH_CHECK(0 < qmax && qmax < 65536, "qmax: want 1 to 65535");
   const int64_t length = query.length, row = rank == 4 ? heads * value.size : value.size;
   const int64_t by_head = rank == 4 ? value.size : length * row, by_batch = length * row;
   const int64_t sizes[] = {batch, heads, length, value.size}, strides[] = {by_batch, by_head, row, 1};
@@ -274,14 +293,15 @@ Tensor attention(Tensor q, Tensor k, Tensor v, double score_scale, double value_
   const Target target{static_cast<char*>(y.mutable_data_ptr()), row, dtype == ScalarType::BFloat16};
   const int64_t tiles = filled_up(length, kQueries) / kQueries;
   const int64_t work = kQueries * packed.keys * (query.size + packed.values + 64);
+  const auto rows = qmax < 256 ? attend<1> : attend<2>;
   torch::stable::parallel_for(
       0, batch * heads * tiles, std::max<int64_t>(1, kGrain / work), [&](int64_t begin, int64_t end) {
         thread_local Scratch scratch;
         for (int64_t index = begin; index < end; ++index) {
           const int64_t i = index / tiles, first = index % tiles * kQueries;
-          attend(query.head(i / heads, i % heads) + first * query.by_row, std::min<int64_t>(kQueries, length - first),
-                 query, value, packed.at(start + i * packed.bytes()), numbers, target,
-                 i / heads * by_batch + i % heads * by_head + first * row, scratch);
+          rows(query.head(i / heads, i % heads) + first * query.by_row, std::min<int64_t>(kQueries, length - first),
+               query, value, packed.at(start + i * packed.bytes()), numbers, target,
+               i / heads * by_batch + i % heads * by_head + first * row, scratch);
         }
       });
   return y;

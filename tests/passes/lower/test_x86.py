@@ -136,7 +136,6 @@ def test_masked_or_unquantized_attention_stays_in_the_carrier_type(
         (operands, torch.randn(5, 7), (False, None, *quantized), "no mask"),
         (operands, None, (True, None, *quantized), "no mask"),
         (operands, None, (False, None, [], [], 0, 8), "not quantized"),
-        (operands, None, (False, None, [0.1] * 3, [0] * 3, 8, 0), "not quantized"),
         ([operands[0], *(item[:, :1] for item in operands[1:])], None, (False, None, *quantized), "same heads"),
         ([wide, wide, wide], None, (False, None, *quantized), "of a batch or none"),
     ):
