@@ -87,7 +87,7 @@ void pack_keys(const uint8_t* keys, const Operand& key, int32_t query_zero_point
 }
 
 // Values [rows, size] as signed bytes, four rows side by side.
-void pack_values(const uint8_t* values, const Operand& value, int8_t* to) {
+VNNI void pack_values(const uint8_t* values, const Operand& value, int8_t* to) {
   const __m128i sign = _mm_set1_epi8(-128);
   const int64_t groups = filled_up(value.length, 4) / 4;
   for (int64_t first = 0; first < value.size;) {
@@ -122,20 +122,20 @@ struct Scratch {
 };
 
 // scores [kQueries, keys] of the queries [kQueries, groups * 4].
-void score(const uint8_t* queries, int64_t groups, const Packed& packed, int64_t keys, int32_t* scores) {
+VNNI void score(const uint8_t* queries, int64_t groups, const Packed& packed, int64_t keys, int32_t* scores) {
   for (int64_t first = 0; first < keys; first += kKeyLanes) {
     for (int row = 0; row < kQueries; row += kScoreRows) {
       const uint8_t* rows[kScoreRows];
 #pragma GCC unroll 12
       for (int r = 0; r < kScoreRows; ++r) rows[r] = queries + (row + r) * 4 * groups;
       Sums<kScoreRows, kKeyVectors> sums;
-      sums.start(packed.offset + first);
-      sums.add(rows, groups, packed.keys + first * 4 * groups);
+      start<kScoreRows, kKeyVectors>(sums, packed.offset + first);
+      add<kScoreRows, kKeyVectors>(sums, rows, groups, packed.keys + first * 4 * groups);
 #pragma GCC unroll 12
       for (int r = 0; r < kScoreRows; ++r)
 #pragma GCC unroll 2
         for (int v = 0; v < kKeyVectors; ++v)
-          _mm512_storeu_si512(scores + (row + r) * keys + first + 16 * v, sums.at[r][v]);
+          _mm512_storeu_si512(scores + (row + r) * keys + first + 16 * v, sums[r][v]);
     }
   }
 }
@@ -143,7 +143,7 @@ void score(const uint8_t* queries, int64_t groups, const Packed& packed, int64_t
 // probabilities[s] = round(qmax * 2^(factor * (scores[s] - max))) of one row, zeros behind the last; their sum. Of two
 // planes the high bytes come first, the low ones `by_plane` behind them.
 template <int kPlanes>
-float exponentiate(const int32_t* scores, int64_t length, float factor, float qmax, uint8_t* probabilities,
+VNNI float exponentiate(const int32_t* scores, int64_t length, float factor, float qmax, uint8_t* probabilities,
                    int64_t by_plane) {
   const int64_t whole = length / 16 * 16;
   const __mmask16 rest = first_lanes(length - whole);
@@ -185,7 +185,7 @@ struct Output {
 
 // The outputs of a tile from lane `first` on, 16 * kVectors of them, at `element` of the result.
 template <int kVectors, int kPlanes>
-void average(const uint8_t* probabilities, int64_t by_row, const float* totals, int64_t groups, const int8_t* values,
+VNNI void average(const uint8_t* probabilities, int64_t by_row, const float* totals, int64_t groups, const int8_t* values,
              const Output& output, int64_t element, int64_t left) {
   constexpr int kRows = rows_of(kVectors);
   for (int row = 0; row < kQueries && row < output.queries; row += kRows) {
@@ -195,8 +195,8 @@ void average(const uint8_t* probabilities, int64_t by_row, const float* totals, 
       const uint8_t* rows[kRows];
 #pragma GCC unroll 24
       for (int r = 0; r < kRows; ++r) rows[r] = probabilities + (plane * kQueries + row + r) * by_row;
-      planes[plane].start(nullptr);
-      planes[plane].add(rows, groups, values);
+      start<kRows, kVectors>(planes[plane], nullptr);
+      add<kRows, kVectors>(planes[plane], rows, groups, values);
     }
 #pragma GCC unroll 24
     for (int r = 0; r < kRows; ++r) {
@@ -206,9 +206,9 @@ void average(const uint8_t* probabilities, int64_t by_row, const float* totals, 
 #pragma GCC unroll 3
       for (int v = 0; v < kVectors; ++v) {
         if (left <= 16 * v) break;
-        __m512 sum = _mm512_cvtepi32_ps(planes[0].at[r][v]);
+        __m512 sum = _mm512_cvtepi32_ps(planes[0][r][v]);
         if constexpr (kPlanes == 2)
-          sum = _mm512_fmadd_ps(sum, _mm512_set1_ps(256.0f), _mm512_cvtepi32_ps(planes[1].at[r][v]));
+          sum = _mm512_fmadd_ps(sum, _mm512_set1_ps(256.0f), _mm512_cvtepi32_ps(planes[1][r][v]));
         const __m512 value = _mm512_fmadd_ps(sum, share, zero);
         output.target.store(element + (row + r) * output.target.row + 16 * v, first_lanes(left - 16 * v), value);
       }

@@ -57,18 +57,17 @@ struct Weight {
 
 // kLanes outputs, from `first` on, of kBlock pixels. `rows` may name a pixel twice.
 template <int64_t kBlock>
-void block(const Source& source, const Weight& weight, const Target& target, int64_t first, const uint8_t* const* rows,
+VNNI void block(const Source& source, const Weight& weight, const Target& target, int64_t first, const uint8_t* const* rows,
            const int64_t* pixels) {
   Sums<kBlock, kVectors> sums;
-  sums.start(weight.offset + first);
+  start<kBlock, kVectors>(sums, weight.offset + first);
   const int64_t groups = source.channels / 4;
   const int8_t* codes = weight.codes + first * 4 * groups * static_cast<int64_t>(source.taps.size());
   for (const int64_t tap : source.taps) {
     const uint8_t* row[kBlock];
 #pragma GCC unroll 12
     for (int r = 0; r < kBlock; ++r) row[r] = rows[r] + tap;
-    sums.add(row, groups, codes);
-    codes += 4 * kLanes * groups;
+    codes = add<kBlock, kVectors>(sums, row, groups, codes);
   }
 #pragma GCC unroll 2
   for (int v = 0; v < kVectors; ++v) {
@@ -79,7 +78,7 @@ void block(const Source& source, const Weight& weight, const Target& target, int
     // Rounded twice, as the reference does: results have its bits.
 #pragma GCC unroll 12
     for (int r = 0; r < kBlock; ++r) {
-      const __m512 value = _mm512_add_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(sums.at[r][v]), scale), bias);
+      const __m512 value = _mm512_add_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(sums[r][v]), scale), bias);
       target.store(pixels[r] * target.row + at, kept, value);
     }
   }

@@ -35,10 +35,6 @@ _SOURCES = tuple(Path(__file__).with_name(name) for name in ("x86_vnni.cpp", "x8
 _HEADER = Path(__file__).with_name("x86_vnni.hpp")
 _OPTIONS = (
     "-O2",
-    "-mavx512f",
-    "-mavx512bw",
-    "-mavx512vl",
-    "-mavx512vnni",
     "-ffp-contract=off",  # a fused multiply-add would round once where the reference rounds twice
     "-std=c++20",
     "-shared",
