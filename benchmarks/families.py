@@ -280,7 +280,7 @@ def table(results: Mapping[str, Any]) -> str:
         f"({machine['isa']}), torch {machine['torch']}.",
         "Sizes and SQNR with min-max grids and no raises; SQNR of the W8A8 output, run by integer kernels, against the",
         "full-precision one on noise at two noise levels that calibration did not see. Random weights: the figure",
-        "shows that nothing broke, not what a trained model loses. The x86 kernels leave attention in the carrier",
+        "shows that nothing broke, not what a trained model loses. The x86 kernels left attention in the carrier",
         "type; the last column is `calibrate`'s own figure, pooled, with 8-bit q, k, v and probabilities simulated:",
         "untrained attention is flat, and over 1,024 keys its probabilities are below half a step of 1/255: zero.",
         "`calibrate` keeps such attentions in the carrier type by now; rows of 10 to 20 dB are from before it did.",

@@ -1,9 +1,10 @@
-"""Integer layers on our own VNNI kernels and on oneDNN's, layer by layer: what a call takes, interleaved.
+"""Integer layers on our own VNNI kernels and on oneDNN's, attention on ours and on torch's: what a call takes.
 
     OMP_NUM_THREADS=1 python benchmarks/x86_kernels.py --out docs/results-x86-kernels.json
 
-Shapes of the bundled models, DDPM CIFAR-10 and Stable Diffusion 1.5 at batch 2; bf16 is written. oneDNN's weights are
-packed for the very shape. The table is written beside the JSON as .md.
+Shapes of the bundled models, DDPM CIFAR-10 and Stable Diffusion 1.5 at batch 2; bf16 is written; calls are interleaved.
+oneDNN's weights are packed for the very shape. Attention is compared with scaled_dot_product_attention in bf16. The
+tables are written beside the JSON as .md.
 """
 
 from __future__ import annotations
@@ -52,7 +53,31 @@ LINEARS = (
     (128, 1280, 1280),
 )
 """Rows, features, outputs."""
+ATTENTIONS = (
+    (4, 49, 10, 32),
+    (4, 49, 49, 32),
+    (1, 256, 256, 256),
+    (8, 64, 64, 160),
+    (8, 64, 77, 160),
+    (8, 256, 256, 80),
+    (8, 256, 77, 80),
+    (8, 1024, 77, 40),
+    (8, 1024, 1024, 40),
+    (8, 4096, 77, 40),
+    (8, 4096, 4096, 40),
+)
+"""Heads, queries, keys, head size."""
 HEADER = ("layer", "oneDNN, us", "ours, us", "oneDNN takes", "ours, GOPS")
+ATTENTION_HEADER = (
+    "attention",
+    "bf16, us",
+    "8 bits, us",
+    "16 bits, us",
+    "bf16 takes",
+    "bf16 off by",
+    "8 bits off by",
+    "16 bits off by",
+)
 
 
 def main() -> None:
@@ -63,7 +88,8 @@ def main() -> None:
         parser.error("this CPU has no AVX512-VNNI, or there is no C++ compiler")
     torch.manual_seed(0)
     rows = [measure_conv(*case) for case in CONVS] + [measure_linear(*case) for case in LINEARS]
-    results = {"rows": rows} | origin(0)
+    attentions = [measure_attention(*case) for case in ATTENTIONS]
+    results = {"rows": rows, "attentions": attentions} | origin(0)
     write_json(arguments.out, results)
     text = table(results)
     write_bytes(arguments.out.with_suffix(".md"), text.encode())
@@ -100,6 +126,31 @@ def measure(name: str, x: torch.Tensor, make: Callable[[], KernelCall], depth: i
     return {"layer": name, "onednn_us": 1e6 * onednn, "ours_us": 1e6 * ours, "operations": operations}
 
 
+def measure_attention(heads: int, queries: int, keys: int, size: int) -> dict[str, Any]:
+    """Operands are normally distributed and lie on 8-bit grids, which bf16 holds exactly.
+
+    Ours is timed with three passes that turn operands into bytes, as they stand in a network.
+    """
+    shapes = [(2, heads, length, size) for length in (queries, keys, keys)]
+    codes = [(torch.randn(shape) * 32 + 128).round().clamp(0, 255) for shape in shapes]
+    real = [(item - 128) / 32 for item in codes]
+    narrow, shifted = ([item.to(torch.bfloat16) for item in items] for items in (real, codes))
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def ours(qmax: int) -> torch.Tensor:
+        numbers = (size**-0.5 / 32**2, 1 / 32, [128, 128], qmax, torch.bfloat16)
+        result: torch.Tensor = torch.ops.qdiff.vnni_attention(*(item.to(torch.uint8) for item in shifted), *numbers)
+        return result
+
+    runs = {"bf16": lambda: attend(*narrow), "8 bits": lambda: ours(255), "16 bits": lambda: ours(65535)}
+    with torch.inference_mode():
+        exact = attend(*real)
+        times = interleaved(list(runs.values()), processor_seconds, warm_up=3, least=15, budget=1.0)
+        errors = {name: float((run().float() - exact).norm() / exact.norm()) for name, run in runs.items()}
+    name = f"{heads} heads of {size}, {queries} queries, {keys} keys"
+    return {"attention": name, "us": dict(zip(runs, (1e6 * time for time in times), strict=True)), "errors": errors}
+
+
 def table(results: Mapping[str, Any]) -> str:
     machine = results["machine"]
     cells = [
@@ -112,11 +163,24 @@ def table(results: Mapping[str, Any]) -> str:
         ]
         for row in results["rows"]
     ]
+    attentions = [
+        [
+            row["attention"],
+            *(f"{time:.0f}" for time in row["us"].values()),
+            f"{row['us']['bf16'] / row['us']['8 bits']:.2f}x",
+            *(f"{100 * error:.2f} %" for error in row["errors"].values()),
+        ]
+        for row in results["attentions"]
+    ]
     return (
         f"# Integer layers on x86: our kernels and oneDNN's\n\nWritten by `{results['command']}` (commit "
         f"`{results['commit']}`; {machine['processor']}, {machine['isa']}, {machine['threads']} thread(s), torch "
         f"{machine['torch']}): medians of interleaved calls, bf16 written, weights packed for the shape. GOPS count a "
-        f"multiplication and an addition as two.\n\n{markdown_table(HEADER, cells, numeric=range(1, len(HEADER)))}\n"
+        f"multiplication and an addition as two.\n\n{markdown_table(HEADER, cells, numeric=range(1, len(HEADER)))}\n\n"
+        "## Attention\n\nOurs turns operands into bytes and makes probabilities of 8 bits on a grid of their row, or "
+        "of 16; bf16 is torch's scaled_dot_product_attention on the same operands. Off by: the result's error against "
+        "float32 attention on them, relative to its norm.\n\n"
+        f"{markdown_table(ATTENTION_HEADER, attentions, numeric=range(1, len(ATTENTION_HEADER)))}\n"
     )
 
 

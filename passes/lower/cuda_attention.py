@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from qdiff_fx.graph.edit import shape_of
+from qdiff_fx.graph.meta import KERNEL
 from qdiff_fx.graph.propagate import size_hint
 from qdiff_fx.kernels.cuda_gpu import GPUS, Gpu
 from qdiff_fx.kernels.cuda_model import AttentionWork, carrier_attention, integer_attention
@@ -16,9 +17,10 @@ from qdiff_fx.kernels.cuda_tiles import AttentionTile, attention_tiles
 from qdiff_fx.kernels.cuda_weights import SIGNED_OFFSET
 from qdiff_fx.numerics.attention import attention_scale
 from qdiff_fx.passes.base import PassContext, RewritePass
-from qdiff_fx.passes.lower.attention_operands import operand_codes, replace_attention
+from qdiff_fx.passes.lower.attention_codes import operand_codes
 from qdiff_fx.passes.lower.carrier_attention import drop_quantizers
 from qdiff_fx.passes.lower.cuda_target import DEFAULT_CAPABILITY, target_gpu
+from qdiff_fx.passes.lower.integer_layers import replace_call
 from qdiff_fx.passes.lower.signed_codes import signed_codes
 
 aten = torch.ops.aten
@@ -99,4 +101,6 @@ def _use_kernel(match: fx.Node, graph_module: fx.GraphModule, tile: AttentionTil
             match.meta["val"].dtype,
         )
         node = graph.call_function(qdiff.cuda_attention.default, (*codes, mask, is_causal, *numbers))
-    replace_attention(match, node, f"qdiff.cuda_attention {tile}")
+    node.meta["val"] = match.meta["val"]
+    replace_call(match, node)
+    KERNEL.set(node, f"qdiff.cuda_attention {tile}")

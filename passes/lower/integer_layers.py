@@ -146,6 +146,18 @@ def sibling_linears(graph_module: fx.GraphModule) -> list[list[IntegerLayer]]:
     return list(groups.values())
 
 
+def replace_call(match: fx.Node, node: fx.Node) -> None:
+    """Put `node`, whose fake value is known, in the place of `match`, cast to its type; `node` takes its metadata."""
+    graph, value = match.graph, node.meta["val"]
+    node.meta = {**match.meta, "val": value}
+    result, dtype = node, match.meta["val"].dtype
+    if value.dtype != dtype:
+        with graph.inserting_before(match):
+            result = create_call(graph, aten.to.dtype, (node, dtype), like=match)
+    match.replace_all_uses_with(result)
+    graph.erase_node(match)
+
+
 def replace_by_slices(group: Sequence[IntegerLayer], call: fx.Node) -> list[fx.Node]:
     """Put slices of `call`, which has the outputs of all linears of the group in order, in their places; the slices.
 

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from math import inf
 from typing import Any
 
 import torch
 from torch import fx
 
-from qdiff_fx.graph.edit import shape_of
+from qdiff_fx.graph.edit import create_call, shape_of
+from qdiff_fx.graph.meta import KERNEL
 from qdiff_fx.graph.propagate import size_hint
-from qdiff_fx.kernels.x86 import OUTPUT_DTYPES
+from qdiff_fx.kernels.x86 import kernel_dtype
 from qdiff_fx.kernels.x86_vnni import vnni_available
 from qdiff_fx.numerics.attention import attention_scale
 from qdiff_fx.passes.base import PassContext, RewritePass
-from qdiff_fx.passes.lower.attention_operands import operand_codes, replace_attention
+from qdiff_fx.passes.lower.attention_codes import operand_codes
 from qdiff_fx.passes.lower.carrier_attention import drop_quantizers
+from qdiff_fx.passes.lower.integer_layers import replace_call
 
-aten = torch.ops.aten
 qdiff = torch.ops.qdiff
 
 CARRIER_SOFTMAX_BITS = 16
@@ -51,11 +54,13 @@ class LowerX86Attention(RewritePass[fx.Node]):
 def _reason(match: fx.Node) -> str | None:
     """Why the kernel cannot run an attention, None if it can."""
     arguments: Any = match.args
-    query, key, value, mask, is_causal, _, scales = arguments[:7]
+    query, key, value, mask, is_causal, scale, scales = arguments[:7]
     if not scales:
         return "its operands are not quantized"
     if not vnni_available():
-        return "no int8 attention kernel wins on this CPU"
+        return "no int8 attention kernel runs here"
+    if not 0 <= _score_scale(query, scale, scales) < inf:
+        return "the int8 kernel wants a positive scale of the scores"
     if mask is not None or is_causal:
         return "the int8 kernel has no mask"
     shapes = [[size_hint(size) for size in shape_of(item) or ()] for item in (query, key, value)]
@@ -65,23 +70,22 @@ def _reason(match: fx.Node) -> str | None:
 
 
 def _use_kernel(match: fx.Node, graph_module: fx.GraphModule) -> None:
-    graph = graph_module.graph
     arguments: Any = match.args
     query, _, _, _, _, scale, scales, zero_points, _, softmax_bits = arguments
-    output_dtype = match.meta["val"].dtype
-    kernel_dtype = output_dtype if output_dtype in OUTPUT_DTYPES else torch.float32
-    with graph.inserting_before(match):
-        node = graph.call_function(
-            qdiff.vnni_attention.default,
-            (
-                *operand_codes(match, graph_module, f"x86_{match.name}"),
-                scales[0] * scales[1] * attention_scale(query.meta["val"], scale),
-                scales[2],
-                [zero_points[0], zero_points[2]],
-                2 ** (softmax_bits or CARRIER_SOFTMAX_BITS) - 1,
-                kernel_dtype,
-            ),
-        )
-        node.meta = {"val": match.meta["val"].to(kernel_dtype)}
-        result = node if kernel_dtype == output_dtype else graph.call_function(aten.to.dtype, (node, output_dtype))
-    replace_attention(match, result, "qdiff.vnni_attention")
+    numbers = (
+        _score_scale(query, scale, scales),
+        scales[2],
+        [zero_points[0], zero_points[2]],
+        2 ** (softmax_bits or CARRIER_SOFTMAX_BITS) - 1,
+        kernel_dtype(match.meta["val"].dtype),
+    )
+    with graph_module.graph.inserting_before(match):
+        codes = operand_codes(match, graph_module, f"x86_{match.name}")
+        node = create_call(graph_module.graph, qdiff.vnni_attention.default, (*codes, *numbers), like=match)
+    replace_call(match, node)
+    KERNEL.set(node, "qdiff.vnni_attention")
+
+
+def _score_scale(query: fx.Node, scale: float | None, scales: Sequence[float]) -> float:
+    """What a sum of products of codes is worth in the softmax."""
+    return scales[0] * scales[1] * attention_scale(query.meta["val"], scale)

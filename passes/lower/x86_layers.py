@@ -5,14 +5,18 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from qdiff_fx.graph.edit import create_call, shape_of
+from qdiff_fx.graph.edit import shape_of
 from qdiff_fx.graph.propagate import size_hint
-from qdiff_fx.kernels.x86 import OUTPUT_DTYPES
+from qdiff_fx.kernels.x86 import kernel_dtype
 from qdiff_fx.kernels.x86_calls import KernelCall, conv2d_call, linear_call
 from qdiff_fx.passes.base import PassContext
-from qdiff_fx.passes.lower.integer_layers import IntegerLayer, IntegerLayerPass, add_constant, stored_tensor
-
-aten = torch.ops.aten
+from qdiff_fx.passes.lower.integer_layers import (
+    IntegerLayer,
+    IntegerLayerPass,
+    add_constant,
+    replace_call,
+    stored_tensor,
+)
 
 
 class LowerX86Layers(IntegerLayerPass):
@@ -26,27 +30,22 @@ class LowerX86Layers(IntegerLayerPass):
     """
 
     def rewrite(self, match: IntegerLayer, graph_module: fx.GraphModule, context: PassContext) -> None:
-        graph, layer = graph_module.graph, match.node
+        layer = match.node
         weight = match.integers(graph_module)
         weight_scale, bias = (stored_tensor(graph_module, item) for item in (match.weight_scale, match.bias))
         assert weight_scale is not None
         bias = None if bias is None else bias.to(torch.float32)
-        kernel_dtype = match.output_dtype if match.output_dtype in OUTPUT_DTYPES else torch.float32
+        dtype = kernel_dtype(match.output_dtype)
         if match.is_conv2d:
             x_shape = [size_hint(size) for size in shape_of(match.x) or ()]
             step = (match.x_scale, match.x_zero_point)
-            call = conv2d_call(weight, weight_scale, bias, *step, match.geometry, x_shape, kernel_dtype)
+            call = conv2d_call(weight, weight_scale, bias, *step, match.geometry, x_shape, dtype)
         else:
-            call = linear_call(weight, weight_scale, bias, match.x_scale, match.x_zero_point, kernel_dtype)
-        with graph.inserting_before(layer):
+            call = linear_call(weight, weight_scale, bias, match.x_scale, match.x_zero_point, dtype)
+        with graph_module.graph.inserting_before(layer):
             node = insert_kernel_call(graph_module, f"x86_{layer.name}", match.x, call)
-            node.meta = dict(layer.meta)
-            result = node
-            if kernel_dtype != match.output_dtype:
-                node.meta["val"] = layer.meta["val"].to(kernel_dtype)
-                result = create_call(graph, aten.to.dtype, (node, match.output_dtype), like=layer)
-        layer.replace_all_uses_with(result)
-        graph.erase_node(layer)
+        node.meta["val"] = layer.meta["val"].to(dtype)
+        replace_call(layer, node)
 
 
 def insert_kernel_call(graph_module: fx.GraphModule, name: str, x: fx.Node, call: KernelCall) -> fx.Node:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from qdiff_fx.graph.meta import KERNEL
-from qdiff_fx.kernels.x86 import OUTPUT_DTYPES
+from qdiff_fx.kernels.x86 import kernel_dtype
 from qdiff_fx.kernels.x86_calls import linear_call
 from qdiff_fx.passes.base import GraphPass, PassContext, PassResult, finish
 from qdiff_fx.passes.lower.integer_layers import IntegerLayer, replace_by_slices, sibling_linears, stored_tensor
@@ -54,11 +54,11 @@ def merged_operands(
 def _merge(group: list[IntegerLayer], graph_module: fx.GraphModule) -> None:
     graph, first = graph_module.graph, group[0]
     weight, scale, bias = merged_operands(group, graph_module)
-    kernel_dtype = first.output_dtype if first.output_dtype in OUTPUT_DTYPES else torch.float32
-    call = linear_call(weight, scale, bias, first.x_scale, first.x_zero_point, kernel_dtype)
+    dtype = kernel_dtype(first.output_dtype)
+    call = linear_call(weight, scale, bias, first.x_scale, first.x_zero_point, dtype)
     with graph.inserting_before(first.node):
         node = insert_kernel_call(graph_module, f"x86_{first.node.name}_merged", first.x, call)
         value = first.node.meta["val"]
-        node.meta["val"] = value.new_empty((*value.shape[:-1], len(weight)), dtype=kernel_dtype)
+        node.meta["val"] = value.new_empty((*value.shape[:-1], len(weight)), dtype=dtype)
         for part in replace_by_slices(group, node):
             KERNEL.set(part, f"{str(call.target).removesuffix('.default')}, one of {len(group)} merged")

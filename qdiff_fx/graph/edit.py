@@ -146,9 +146,9 @@ def set_tensor(graph_module: nn.Module, target: str, value: Tensor, *, persisten
 
 
 def tensor_device(graph_module: fx.GraphModule) -> torch.device:
-    """Where the graph's constants are."""
-    named = next(node for node in graph_module.graph.nodes if node.op == "get_attr")
-    return get_tensor(graph_module, named.target).device
+    """Where the graph's constants are; the CPU where it has none."""
+    named = next((node for node in graph_module.graph.nodes if node.op == "get_attr"), None)
+    return torch.device("cpu") if named is None else get_tensor(graph_module, named.target).device
 
 
 def delete_tensor(graph_module: nn.Module, target: Any) -> None:

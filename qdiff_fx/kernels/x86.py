@@ -32,7 +32,12 @@ _LIBRARY.define(
 )
 
 OUTPUT_DTYPES = (torch.float32, torch.bfloat16)
-"""Carrier types that oneDNN's integer kernels write."""
+"""Carrier types that integer kernels write."""
+
+
+def kernel_dtype(carrier: torch.dtype) -> torch.dtype:
+    """What integer kernels write for a carrier type: itself, or float32 to be cast."""
+    return carrier if carrier in OUTPUT_DTYPES else torch.float32
 
 
 def prepack_conv2d(

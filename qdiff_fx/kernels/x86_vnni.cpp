@@ -22,8 +22,8 @@ namespace {
 
 constexpr int64_t kVectors = 2;
 constexpr int64_t kLanes = 16 * kVectors;
-constexpr int64_t kRows = 12;    // pixels of a block
-constexpr int64_t kFewRows = 4;  // of a layer that has no more pixels
+constexpr int64_t kRows = 12;         // pixels of a block
+constexpr int64_t kFewRows = 4;       // of a layer that has no more pixels
 constexpr int64_t kChunk = 8 * kRows; // pixels that one block of weights is kept for
 
 // Codes [batch, channels, height, width]; distances in bytes.
@@ -57,8 +57,8 @@ struct Weight {
 
 // kLanes outputs, from `first` on, of kBlock pixels. `rows` may name a pixel twice.
 template <int64_t kBlock>
-VNNI void block(const Source& source, const Weight& weight, const Target& target, int64_t first, const uint8_t* const* rows,
-           const int64_t* pixels) {
+VNNI void block(const Source& source, const Weight& weight, const Target& target, int64_t first,
+                const uint8_t* const* rows, const int64_t* pixels) {
   Sums<kBlock, kVectors> sums;
   start<kBlock, kVectors>(sums, weight.offset + first);
   const int64_t groups = source.channels / 4;
@@ -130,13 +130,13 @@ Input padded(const Input& input, int64_t pad_y, int64_t pad_x, uint8_t fill, std
   const int64_t channels = filled_up(input.channels, 4);
   const int64_t height = input.height + 2 * pad_y, width = input.width + 2 * pad_x, by_row = width * channels;
   const auto border = static_cast<size_t>(pad_x * channels);
-  to.resize(static_cast<size_t>(input.batch * height * by_row));
+  uint8_t* start = room_for(to, input.batch * height * by_row);
   const bool whole = input.by_channel == 1 && input.by_pixel == channels && input.channels == channels;
   const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, by_row));
   torch::stable::parallel_for(
       0, input.batch * height, grain, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
-          uint8_t* out = to.data() + i * by_row;
+          uint8_t* out = start + i * by_row;
           const int64_t y = i % height - pad_y;
           if (y < 0 || y >= input.height) {
             std::memset(out, fill, static_cast<size_t>(by_row));
@@ -155,7 +155,7 @@ Input padded(const Input& input, int64_t pad_y, int64_t pad_x, uint8_t fill, std
           std::memset(out, fill, border);
         }
       });
-  return {to.data(), input.batch, channels, height, width, height * by_row, 1, by_row, channels};
+  return {start, input.batch, channels, height, width, height * by_row, 1, by_row, channels};
 }
 
 // Of one group.

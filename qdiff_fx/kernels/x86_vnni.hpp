@@ -1,4 +1,4 @@
-// What convolutions, linears and attention of unsigned by signed bytes share: sums in registers, and how they are written.
+// What convolutions, linears and attention of unsigned by signed bytes share: sums in registers, how they are written.
 
 #pragma once
 
@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -23,6 +24,13 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int64_t kGrain = int64_t{1} << 20; // multiplications that are worth a thread
+
+// The first `count` elements of memory that is kept, and grown where it is too small. Their values are old ones.
+template <typename Element>
+Element* room_for(std::vector<Element>& memory, int64_t count) {
+  if (memory.size() < static_cast<size_t>(count)) memory.resize(static_cast<size_t>(count));
+  return memory.data();
+}
 
 inline int64_t filled_up(int64_t count, int64_t whole) { return (count + whole - 1) / whole * whole; }
 
@@ -76,7 +84,7 @@ VNNI_INLINE void start(Sums<kRows, kVectors>& sums, const int32_t* from) {
   }
 }
 
-// Adds `groups` products of four: rows of unsigned bytes by signed `codes` [groups, 16 * kVectors, 4]. Returns their end.
+// Adds `groups` products of four: rows of unsigned bytes by signed `codes` [groups, 16 * kVectors, 4]. Returns the end.
 template <int kRows, int kVectors>
 VNNI_INLINE const int8_t* add(Sums<kRows, kVectors>& sums, const uint8_t* const* rows, int64_t groups,
                                                 const int8_t* codes) {

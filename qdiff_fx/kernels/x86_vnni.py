@@ -1,9 +1,9 @@
-"""Convolutions and linears of our own for CPUs with AVX512-VNNI: `qdiff::vnni_conv2d` and `qdiff::vnni_linear`.
+"""Kernels of our own for CPUs with AVX512-VNNI: `qdiff::vnni_conv2d`, `qdiff::vnni_linear`, `qdiff::vnni_attention`.
 
 A call costs what it computes: oneDNN's operator makes a primitive descriptor every time, 25 to 50 us on layers whose
-arithmetic takes 5 (docs/decisions/012). The operators are C++ (`x86_vnni.cpp`), compiled once a machine by the compiler
-that torch.compile needs too, in three seconds, and kept in the user's cache folder. They take uint8 codes and
-write float32 or bfloat16.
+arithmetic takes 5 (docs/decisions/012); torch's attention multiplies in the carrier type (013). The operators are C++
+(`x86_vnni.cpp`, `x86_attention.cpp`), compiled once a machine by the compiler that torch.compile needs too, in seconds,
+and kept in the user's cache folder. They take uint8 codes and write float32 or bfloat16.
 """
 
 from __future__ import annotations
@@ -58,8 +58,9 @@ def load_vnni() -> bool:
     except (OSError, DiskError, subprocess.CalledProcessError, ValueError, RuntimeError) as error:
         detail = getattr(error, "stderr", "") or str(error)
         warnings.warn(
-            "qdiff_fx's int8 kernels for AVX512-VNNI could not be compiled; layers run on oneDNN's, which take longer "
-            f"where layers are small. torch.compile needs a C++ compiler too (CXX names one): {detail.strip()[-500:]}",
+            "qdiff_fx's int8 kernels for AVX512-VNNI could not be compiled: layers run on oneDNN's, which take longer "
+            "where layers are small, and attention in floating point, which takes three times as long. torch.compile "
+            f"needs a C++ compiler too (CXX names one): {detail.strip()[-500:]}",
             QDiffWarning,
             stacklevel=2,
         )

@@ -19,9 +19,10 @@ from qdiff_fx.calibration.driver import fit_activations, fit_weights
 from qdiff_fx.graph.meta import FALLBACK
 from qdiff_fx.graph.signature import CallSignature
 from qdiff_fx.kernels import BACKENDS, x86_norms
+from qdiff_fx.kernels.reference import attention as reference_attention
 from qdiff_fx.kernels.x86_vnni import load_vnni
 from qdiff_fx.passes.base import PassContext, run_passes
-from qdiff_fx.passes.lower import x86_attention
+from qdiff_fx.passes.lower import LOWER, x86_attention
 from subjects import Sketch, calls_of, conditional_unet, signal_to_noise, sketch_inputs
 
 aten = torch.ops.aten
@@ -111,15 +112,49 @@ def test_attention_multiplies_bytes(
     assert qdiff.vnni_attention.default in targets(model.lowered)
     assert not {aten.scaled_dot_product_attention.default, qdiff.attention.default} & set(targets(model.lowered))
     rows = model.lowering_report().rows
-    assert [row.kernel for row in rows if "attention" in row.kernel] == ["qdiff.vnni_attention"]
+    reference = qdiff_fx.convert(prepared, backend="reference")
+    planned_rows = [row for row in reference.lowering_report().rows if "attention" in row.kernel]
+    assert [(row.layer, row.kernel) for row in rows if "attention" in row.kernel] == [
+        (row.layer, "qdiff.vnni_attention") for row in planned_rows
+    ]
     assert not any(row.fallback for row in rows)
     sample, timestep = sketch_inputs(16)
-    reference = qdiff_fx.convert(prepared, backend="reference")
     with torch.no_grad():
         full, planned = sketch(sample, timestep), reference(sample, timestep)
         result = model(sample.to(dtype), timestep)
     assert result.dtype == dtype
     assert signal_to_noise(full, result.float()) > signal_to_noise(full, planned) - 0.5
+
+
+@pytest.mark.skipif(not load_vnni(), reason="the CPU has no AVX512-VNNI")
+@pytest.mark.parametrize("leading", [(6,), (2, 3)])
+@pytest.mark.parametrize(
+    ("scale", "operand_bits", "softmax_bits", "share"),
+    [(None, 8, 8, 1.0), (None, 8, 0, 0.01), (0.7, 8, 8, 1.0), (0.7, 6, 8, 1.0), (None, 8, 4, 1.0)],
+)
+def test_attention_of_bytes_is_that_of_its_codes(
+    leading: tuple[int, ...],
+    scale: float | None,
+    operand_bits: int,
+    softmax_bits: int,
+    share: float,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Against attention in float64 on the operands' grids it errs by at most what the plan does with 8 bits."""
+    monkeypatch.setattr(x86_attention, "vnni_available", load_vnni)
+    torch.manual_seed(0)
+    operands = [torch.randn(*leading, length, 8) + shift for length, shift in ((5, 0.0), (70, 0.3), (70, -0.5))]
+    steps, zero_points = [0.03, 0.04, 0.05], [100, 140, 120]
+    if operand_bits == 6:
+        steps, zero_points = [0.12, 0.16, 0.2], [25, 35, 30]
+    graph_module = attention_alone(operands, None, (False, scale, steps, zero_points, operand_bits, softmax_bits))
+    signature = CallSignature(inputs=(), parameters=tuple("qkv"), structure={}, sample="q", timestep=None)
+    run_passes(LOWER["x86"], graph_module, PassContext(config=qdiff_fx.QDiffConfig(), signature=signature))
+    assert targets(graph_module).count(qdiff.vnni_attention.default) == 1
+    exact = reference_attention(*operands, None, False, scale, steps, zero_points, operand_bits, 0)
+    planned = reference_attention(*operands, None, False, scale, steps, zero_points, operand_bits, softmax_bits or 8)
+    error, planned_error = (float((item - exact).norm()) for item in (graph_module(*operands), planned))
+    assert error <= share * planned_error
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -136,6 +171,7 @@ def test_masked_or_unquantized_attention_stays_in_the_carrier_type(
         (operands, torch.randn(5, 7), (False, None, *quantized), "no mask"),
         (operands, None, (True, None, *quantized), "no mask"),
         (operands, None, (False, None, [], [], 0, 8), "not quantized"),
+        (operands, None, (False, -0.5, *quantized), "positive scale"),
         ([operands[0], *(item[:, :1] for item in operands[1:])], None, (False, None, *quantized), "same heads"),
         ([wide, wide, wide], None, (False, None, *quantized), "of a batch or none"),
     ):

@@ -1,4 +1,4 @@
-"""What the backends' integer attentions share: quantized operands, and the operator that takes their place."""
+"""Operands of the backends' integer attentions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import torch
 from torch import fx
 
 from qdiff_fx.graph.edit import shape_of, tensor_device
-from qdiff_fx.graph.meta import ATTENTION, KERNEL
 from qdiff_fx.numerics.affine import reciprocal
 from qdiff_fx.passes.lower.integer_layers import add_constant, value_like
 
@@ -36,13 +35,3 @@ def operand_codes(match: fx.Node, graph_module: fx.GraphModule, name: str) -> li
         node.meta = {"val": torch.empty_like(operand.meta["val"], dtype=torch.uint8)}
         codes.append(node)
     return codes
-
-
-def replace_attention(match: fx.Node, node: fx.Node, kernel: str) -> None:
-    """Put `node` in the place of a qdiff.attention; the report names `kernel`."""
-    node.meta = dict(match.meta)
-    KERNEL.set(node, kernel)
-    if (policy := ATTENTION.get(match)) is not None:
-        ATTENTION.set(node, policy)
-    match.replace_all_uses_with(node)
-    match.graph.erase_node(match)
