@@ -10,7 +10,7 @@ a tool leaves alone stays fp32.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -134,6 +134,31 @@ class _Flat(nn.Module):
         return cls(unet, tuple(name for name in calls[0][1] if name != "return_dict"))
 
 
+_ROWS = 16
+"""Rows of a call of networks that are exported for one batch: those of the table's end points."""
+
+
+class _Fixed:
+    """Calls of a network that takes one number of rows: cut, and the last part filled up with its last row."""
+
+    def __init__(self, flat: _Flat, calls: Calls) -> None:
+        self.flat = flat
+        self.rows = min(_ROWS, len(calls[0][0][0]))
+        self.calls = [part for args, kwargs in calls for part, _ in self._parts(flat.example(args, kwargs))]
+
+    def _parts(self, tensors: Sequence[Tensor]) -> Iterator[tuple[tuple[Tensor, ...], int]]:
+        for start in range(0, len(tensors[0]), self.rows):
+            part = [tensor[start : start + self.rows] for tensor in tensors]
+            count = len(part[0])
+            last = [tensor[-1:].expand(self.rows - count, *tensor.shape[1:]) for tensor in part]
+            yield tuple(torch.cat(pair) for pair in zip(part, last, strict=True)), count
+
+    def run(self, network: Callable[..., Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor]:
+        """What `network` makes of a call of any number of rows."""
+        parts = self._parts(self.flat.example(args, kwargs))
+        return (torch.cat([network(*part)[:count] for part, count in parts]),)
+
+
 def _nncf(unet: nn.Module, calls: Calls, *, precision: str = "f32") -> Network:
     import nncf
     import openvino
@@ -167,15 +192,16 @@ def _pt2e(unet: nn.Module, calls: Calls) -> Network:
 
     flat = _Flat.of(unet, calls)
     quantizer = x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config())
-    prepared = prepare_pt2e(torch.export.export(flat, flat.example(*calls[0])).module(), quantizer)
-    for call in calls:
-        prepared(*flat.example(*call))
+    fixed = _Fixed(flat, calls)
+    prepared = prepare_pt2e(torch.export.export(flat, fixed.calls[0]).module(), quantizer)
+    for call in fixed.calls:
+        prepared(*call)
     converted = convert_pt2e(prepared)
     compiled = torch.compile(converted)
 
     def run(*args: Any, **kwargs: Any) -> tuple[Tensor]:
         with config.patch(freezing=True):
-            return (compiled(*flat.example(args, kwargs)),)
+            return fixed.run(compiled, args, kwargs)
 
     return Network(call=run, bytes=module_bytes(converted), bits="W8A8")
 
@@ -189,11 +215,12 @@ def _onnxruntime(unet: nn.Module, calls: Calls) -> Network:
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     flat = _Flat.of(unet, calls)
-    example = flat.example(*calls[0])
+    fixed = _Fixed(flat, calls)
+    example = fixed.calls[0]
     names = [f"input_{index}" for index in range(len(example))]
 
     class Reader(CalibrationDataReader):  # type: ignore[misc, unused-ignore]
-        rows = iter([dict(zip(names, (t.numpy() for t in flat.example(*call)), strict=True)) for call in calls])
+        rows = iter([dict(zip(names, (tensor.numpy() for tensor in call), strict=True)) for call in fixed.calls])
 
         def get_next(self) -> Any:
             return next(self.rows, None)
@@ -217,9 +244,12 @@ def _onnxruntime(unet: nn.Module, calls: Calls) -> Network:
         kept = sum(file.stat().st_size for file in Path(folder).glob("int8*"))
         session = onnxruntime.InferenceSession(quantized, options, providers=["CPUExecutionProvider"])
 
+    def network(*tensors: Tensor) -> Tensor:
+        given = zip(names, (tensor.numpy() for tensor in tensors), strict=True)
+        return torch.from_numpy(session.run(None, dict(given))[0])
+
     def run(*args: Any, **kwargs: Any) -> tuple[Tensor]:
-        given = zip(names, (tensor.numpy() for tensor in flat.example(args, kwargs)), strict=True)
-        return (torch.from_numpy(session.run(None, dict(given))[0]),)
+        return fixed.run(network, args, kwargs)
 
     return Network(call=run, bytes=kept, bits="W8A8")
 

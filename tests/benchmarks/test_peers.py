@@ -63,6 +63,23 @@ def test_a_peer_that_fails_has_its_error_in_the_cell(tmp_path: Path, monkeypatch
     assert "Not measured yet: fashion-uncond/b." in page
 
 
+@pytest.mark.parametrize(("given", "rows"), [(40, 16), (2, 2)])
+def test_a_network_of_one_batch_is_called_with_that(given: int, rows: int) -> None:
+    """Calls of any number of rows, a timestep for all or for each; every call in parts of the same number of rows."""
+    calls = [((torch.randn(given, 3), torch.tensor(4.0)), {"states": torch.randn(given, 2), "return_dict": False})]
+    fixed = peers._Fixed(peers._Flat.of(nn.Identity(), calls), calls)
+    assert [[len(tensor) for tensor in part] for part in fixed.calls] == [[rows] * 3] * -(-given // rows)
+
+    def network(sample: torch.Tensor, timestep: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        assert len(sample) == len(timestep) == len(states) == rows
+        return sample * timestep[:, None] + states.sum(1, keepdim=True)
+
+    for count in (1, rows, rows + 1):
+        sample, timestep, states = torch.randn(count, 3), torch.rand(count), torch.randn(count, 2)
+        (result,) = fixed.run(network, (sample, timestep), {"states": states})
+        assert torch.equal(result, sample * timestep[:, None] + states.sum(1, keepdim=True))
+
+
 def row(peer: str, pooled: float, endpoint: float, share: float) -> dict[str, Any]:
     return {
         "cell": f"fashion-uncond/{peer}",
