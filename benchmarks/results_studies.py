@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from statistics import median
 from typing import Any
 
+import torch
+
 import qdiff_fx
 from qdiff_fx.allocation.units import weight_units
 from qdiff_fx.calibration.driver import weight_quantizers

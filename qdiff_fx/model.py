@@ -28,6 +28,7 @@ from qdiff_fx.config import QDiffConfig
 from qdiff_fx.errors import BackendError, DiskError, InputError
 from qdiff_fx.fake_quantize import NoiseLevel, QuantizerMode, set_mode
 from qdiff_fx.graph.finite import FiniteRun
+from qdiff_fx.graph.signature import CallSignature
 from qdiff_fx.graph.tokens import set_device
 from qdiff_fx.graph_unet import GraphUNet
 from qdiff_fx.kernels import BACKENDS, device_of_map, rival_backends, select_backend, usable_device
@@ -49,6 +50,22 @@ def _compiler_options(backend: Any) -> dict[str, Any]:
     """
     unguarded: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
     return unguarded | ({"size_asserts": False} if backend in (None, "inductor") else {})
+
+
+def _with_dynamic_sizes(compiled: Callable[..., Any], signature: CallSignature) -> Callable[..., Any]:
+    """`compiled`, told of every call which sizes may change."""
+
+    def run(*inputs: Tensor) -> Any:
+        # Marks are kept on the tensor object: on the caller's own they would bind every other compiled model.
+        inputs = tuple(value.detach() for value in inputs)
+        for item, value in zip(signature.inputs, inputs, strict=True):
+            for axis, size in enumerate(item.shape):
+                # A dimension of 1 is always a constant to the compiler: batch 1 costs one more compilation.
+                if size is None and value.shape[axis] > 1:
+                    torch._dynamo.mark_dynamic(value, axis)
+        return compiled(*inputs)
+
+    return run
 
 
 def _numbers(stored: Any) -> dict[str, float]:
@@ -130,7 +147,6 @@ class QuantizedUNet(GraphUNet):
         self.requested_backend, self.strict = backend, strict
         self.calibration = dict(calibration or {})
         self._compiled: Callable[..., Any] | None = None
-        self._packaged: Callable[..., Any] | None = None
         self.__dict__["_separate"] = None
         self._placement = super().device
         self.eval()
@@ -183,7 +199,7 @@ class QuantizedUNet(GraphUNet):
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {**self.__dict__, "lowered": None, "_compiled": None, "_packaged": None, "_separate": None}
+        state = {**self.__dict__, "lowered": None, "_compiled": None, "_separate": None}
         state.pop("_original", None)
         return state
 
@@ -194,18 +210,8 @@ class QuantizedUNet(GraphUNet):
     def run(self, inputs: tuple[Tensor, ...]) -> Any:
         if self._separate is not None:
             return FiniteRun(self._separate).run(*inputs)
-        if self._packaged is not None:
-            return self._packaged(*inputs)
-        if self._compiled is None:
-            return self.lowered(*inputs)
-        # Marks are kept on the tensor object: on the caller's own they would bind every other compiled model.
-        inputs = tuple(value.detach() for value in inputs)
-        for item, value in zip(self.signature.inputs, inputs, strict=True):
-            for axis, size in enumerate(item.shape):
-                # A dimension of 1 is always a constant to the compiler: batch 1 costs one more compilation.
-                if size is None and value.shape[axis] > 1:
-                    torch._dynamo.mark_dynamic(value, axis)
-        return self._compiled(*inputs)
+        run = self.lowered if self._compiled is None else self._compiled
+        return run(*inputs)
 
     def compile(self, *, package: str | Path | None = None, **options: Any) -> Self:  # type: ignore[override]
         """Compile in place with dynamic batch, height, width and context length; returns itself.
@@ -224,14 +230,15 @@ class QuantizedUNet(GraphUNet):
             self._require_packages()
             if options:
                 raise InputError(f"compile(package=) compiles nothing, so it takes no {', '.join(options)}")
-            self._packaged = read_package(self.lowered, Path(package))
+            self._compiled = read_package(self.lowered, Path(package))
             return self
-        self._packaged = None
         if not BACKENDS[self.backend].traceable:
             return self
         if options.get("mode") is None:
             options["options"] = {**_compiler_options(options.get("backend")), **(options.get("options") or {})}
-        self._compiled = torch.compile(self.lowered, **{"fullgraph": True, **options})
+        self._compiled = _with_dynamic_sizes(
+            torch.compile(self.lowered, **{"fullgraph": True, **options}), self.signature
+        )
         return self
 
     def package(self, path: str | Path, *, progress: bool | None = None) -> Self:
@@ -281,7 +288,7 @@ class QuantizedUNet(GraphUNet):
         if placement != self.device:
             self.__dict__["_separate"] = None
             self._placement = placement
-            self._compiled = self._packaged = None
+            self._compiled = None
             set_device(self.plan.graph, self.device)
             self.plan.recompile()
             self._lower()

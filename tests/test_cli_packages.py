@@ -36,4 +36,5 @@ def test_quantize_compiles_ahead_of_time_what_it_wrote(
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert "code.so: want the name of a PT2 file" in line
     assert main([*command, "--aot", str(tmp_path / "code.pt2")]) == 0
+    assert f"{tmp_path / 'code.pt2'}: its code" in capsys.readouterr().out
     assert stamps == [stamp(qdiff_fx.load(out, "x86").lowered), tmp_path / "code.pt2"]

@@ -111,6 +111,8 @@ def run(arguments: Namespace) -> None:
         f"{arguments.out}: {arguments.preset.upper()}, {file_size(stored)}, {share:.3f} of fp32; output SQNR "
         f"{decibels(quality['pooled_db'])} dB pooled, {decibels(quality['median_db'])} dB in the median"
     )
+    if arguments.aot is not None:
+        print(f"{arguments.aot}: its code, compiled ahead of time for this machine")
 
 
 def _build(
