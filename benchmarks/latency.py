@@ -312,7 +312,7 @@ def table(results: Mapping[str, Any]) -> str:
             "| arm | ms a step | against bf16 compile | against fp32 compile | SQNR, dB |",
             "|---|---|---|---|---|",
         ]
-        for label, arm in case["arms"].items():
+        for label, arm in sorted(case["arms"].items(), key=lambda item: -item[1]["milliseconds"]):
             lines.append(
                 f"| {label} | {arm['milliseconds']:.1f} | {arm['speed_over_bf16']:.2f}x | "
                 f"{arm['speed_over_fp32']:.2f}x | {arm['sqnr_db']:.1f} |"

@@ -75,8 +75,9 @@ same 320 inputs of 10 timesteps. "Dynamic": activation scales are computed at ev
 rounding and steps, preset "fast". SDNQ leaves layers of fewer than 16,384 weights alone unless it is told otherwise
 ("every layer"); "small layers left" is the same choice in our networks. "Wide slacks": whole layers stay in fp32 for at
 most 10 % more weight bytes and 25 % of the multiplications, where preset w8a8 keeps none. CPU seconds a step (not
-wall: other work ran beside): median over one DDIM-50 run of 16 samples, each tool as it runs by default; SDNQ compiles
-its dequantization, nothing else is compiled."""
+wall: other work ran beside): median over one DDIM-50 run of 16 samples, each tool as it runs by default: PT2E under
+torch.compile, NNCF and ONNX Runtime on engines of their own, SDNQ with its dequantization compiled, ours, full
+precision and the others not compiled ([compiled steps](results-latency.md))."""
 
 
 def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:

@@ -173,8 +173,9 @@ def table(results: Mapping[str, Any]) -> str:
         for row in results["attentions"]
     ]
     return (
-        f"# Integer layers on x86: our kernels and oneDNN's\n\nWritten by `{results['command']}` (commit "
-        f"`{results['commit']}`; {machine['processor']}, {machine['isa']}, {machine['threads']} thread(s), torch "
+        "# Integer layers and attention on x86: our kernels, oneDNN's and torch's\n\n"
+        f"Written by `{results['command']}` (commit `{results['commit']}`; {machine['processor']}, {machine['isa']}, "
+        f"{machine['threads']} thread(s), torch "
         f"{machine['torch']}): medians of interleaved calls, bf16 written, weights packed for the shape. GOPS count a "
         f"multiplication and an addition as two.\n\n{markdown_table(HEADER, cells, numeric=range(1, len(HEADER)))}\n\n"
         "## Attention\n\nOurs turns operands into bytes and makes probabilities of 8 bits on a grid of their row, or "

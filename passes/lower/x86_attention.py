@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import inf
 from typing import Any
 
 import torch
@@ -25,10 +24,12 @@ qdiff = torch.ops.qdiff
 CARRIER_SOFTMAX_BITS = 16
 """Width of probabilities that the plan leaves in the carrier type."""
 _RANKS = (3, 4)
+_MOST_KEYS, _MOST_SIZE, _MOST_SCALE = 65_536, 32_768, 1e20
+"""What the kernel checks."""
 
 
 class LowerX86Attention(RewritePass[fx.Node]):
-    """qdiff.attention becomes qdiff.vnni_attention where that can run: it is the fastest at every size measured.
+    """qdiff.attention becomes qdiff.vnni_attention where that can run: faster than torch's at every size measured.
 
     Its probabilities lie on a finer grid than the plan's, and have 16 bits where the plan keeps them in the carrier
     type (docs/decisions/013). Elsewhere scaled_dot_product_attention runs in the carrier type, without rounding, and
@@ -59,13 +60,15 @@ def _reason(match: fx.Node) -> str | None:
         return "its operands are not quantized"
     if not vnni_available():
         return "no int8 attention kernel runs here"
-    if not 0 <= _score_scale(query, scale, scales) < inf:
+    if not 0 <= _score_scale(query, scale, scales) <= _MOST_SCALE:
         return "the int8 kernel wants a positive scale of the scores"
     if mask is not None or is_causal:
         return "the int8 kernel has no mask"
     shapes = [[size_hint(size) for size in shape_of(item) or ()] for item in (query, key, value)]
     if len(shapes[0]) not in _RANKS or any(shape[:-2] != shapes[0][:-2] for shape in shapes):
         return "the int8 kernel wants q, k and v of the same heads, and of a batch or none"
+    if shapes[1][-2] > _MOST_KEYS or shapes[1][-1] > _MOST_SIZE:
+        return f"the int8 kernel takes {_MOST_KEYS:,} keys and a head size of {_MOST_SIZE:,} at most"
     return None
 
 

@@ -28,6 +28,7 @@ constexpr int kScoreRows = 12;
 constexpr int kQueries = 24; // of a tile; rows of every shape of sums divide it
 constexpr int kMostVectors = 3;
 constexpr int64_t kLine = 64; // bytes of a cache line
+constexpr double kMostScale = 1e20; // with which exponents of any scores are finite
 constexpr int64_t kMostKeys = 65536, kMostSize = 32768; // for which sums of any codes stay within 32 bits
 
 // Codes [batch, heads, length, size]; distances in bytes, elements of a row being neighbours.
@@ -302,9 +303,10 @@ Tensor attention(Tensor q, Tensor k, Tensor v, double score_scale, double value_
     STD_TORCH_CHECK(k.size(i) == q.size(i) && v.size(i) == q.size(i), "want q, k and v of the same batch and heads");
   STD_TORCH_CHECK(0 < key.length && key.length <= kMostKeys, "want 1 to ", kMostKeys, " keys");
   STD_TORCH_CHECK(key.size <= kMostSize, "want a head size of at most ", kMostSize);
-  STD_TORCH_CHECK(0 <= score_scale && score_scale <= std::numeric_limits<float>::max(),
-                  "score scale: want a finite one that is not negative");
+  STD_TORCH_CHECK(0 <= score_scale && score_scale <= kMostScale, "score scale: want 0 to ", kMostScale);
   STD_TORCH_CHECK(zero_points.size() == 2, "zero points: want those of q and v");
+  for (const int64_t zero_point : zero_points)
+    STD_TORCH_CHECK(0 <= zero_point && zero_point < 256, "zero points: want 0 to 255");
   STD_TORCH_CHECK(0 < qmax && qmax < 65536, "qmax: want 1 to 65535");
   const int64_t length = query.length, row = rank == 4 ? heads * value.size : value.size;
   const int64_t by_head = rank == 4 ? value.size : length * row, by_batch = length * row;

@@ -87,7 +87,7 @@ VNNI_INLINE void start(Sums<kRows, kVectors>& sums, const int32_t* from) {
 // Adds `groups` products of four: rows of unsigned bytes by signed `codes` [groups, 16 * kVectors, 4]. Returns the end.
 template <int kRows, int kVectors>
 VNNI_INLINE const int8_t* add(Sums<kRows, kVectors>& sums, const uint8_t* const* rows, int64_t groups,
-                                                const int8_t* codes) {
+                              const int8_t* codes) {
   for (int64_t g = 0; g < groups; ++g, codes += 64 * kVectors) {
     __m512i lanes[kVectors];
 #pragma GCC unroll 4

@@ -164,11 +164,12 @@ def test_numbers_that_cannot_be_are_refused() -> None:
         run(q, q.to(torch.int8), q, 1.0)
     with pytest.raises(RuntimeError, match="qmax"):
         qdiff.vnni_attention(q, q, q, 1.0, 1.0, [0, 0], 65536, torch.float32)
-    for scale in (-1.0, float("inf"), float("nan")):
+    for scale in (-1.0, 1e21, float("inf"), float("nan")):
         with pytest.raises(RuntimeError, match="score scale"):
             run(q, q, q, scale)
-    with pytest.raises(RuntimeError, match="zero points"):
-        qdiff.vnni_attention(q, q, q, 1.0, 1.0, [0, 0, 0], 255, torch.float32)
+    for zero_points in ([0, 0, 0], [0, 256], [-1, 0]):
+        with pytest.raises(RuntimeError, match="zero points"):
+            qdiff.vnni_attention(q, q, q, 1.0, 1.0, zero_points, 255, torch.float32)
     with pytest.raises(RuntimeError, match="bfloat16 or float32"):
         qdiff.vnni_attention(q, q, q, 1.0, 1.0, [0, 0], 255, torch.float16)
 
