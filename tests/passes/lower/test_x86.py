@@ -172,7 +172,12 @@ def test_masked_or_unquantized_attention_stays_in_the_carrier_type(
         (operands, None, (True, None, *quantized), "no mask"),
         (operands, None, (False, None, [], [], 0, 8), "not quantized"),
         (operands, None, (False, -0.5, *quantized), "positive scale"),
-        ([operands[0][..., :1], *[torch.zeros(2, 3, 65_537, 1)] * 2], None, (False, None, *quantized), "65,536 keys"),
+        (
+            [operands[0][..., :1], *[torch.zeros(2, 3, 65_537, 1, dtype=dtype)] * 2],
+            None,
+            (False, None, *quantized),
+            "65,536 keys",
+        ),
         ([operands[0], *(item[:, :1] for item in operands[1:])], None, (False, None, *quantized), "same heads"),
         ([wide, wide, wide], None, (False, None, *quantized), "of a batch or none"),
     ):
