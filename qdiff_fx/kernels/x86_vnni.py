@@ -59,7 +59,7 @@ def load_vnni() -> bool:
         detail = getattr(error, "stderr", "") or str(error)
         warnings.warn(
             "qdiff_fx's int8 kernels for AVX512-VNNI could not be compiled: layers run on oneDNN's, which take longer "
-            "where layers are small, and attention in floating point, which takes three times as long. torch.compile "
+            "where layers are small, and attention in floating point, up to three times as long. torch.compile "
             f"needs a C++ compiler too (CXX names one): {detail.strip()[-500:]}",
             QDiffWarning,
             stacklevel=2,
