@@ -67,7 +67,7 @@ ATTENTIONS = (
     (8, 4096, 4096, 40),
 )
 """Heads, queries, keys, head size."""
-HEADER = ("layer", "oneDNN, us", "ours, us", "oneDNN takes", "ours, GOPS")
+HEADER = ("layer", "bf16, us", "oneDNN, us", "ours, us", "bf16 takes", "oneDNN takes", "ours, GOPS")
 ATTENTION_HEADER = (
     "attention",
     "bf16, us",
@@ -103,27 +103,33 @@ def measure_conv(channels: int, side: int, outputs: int, kernel: int, stride: in
     geometry = ([stride, stride], [padding, padding], [1, 1], 1)
     operands = (weight, torch.rand(outputs), torch.rand(outputs), 0.1, 7, geometry, shape, torch.bfloat16)
     name = f"conv {kernel}x{kernel}, {channels} to {outputs}, {side}x{side}" + (", stride 2" if stride == 2 else "")
-    return measure(name, x, partial(conv2d_call, *operands), channels * kernel * kernel)
+    image, filters = (item.to(torch.bfloat16, memory_format=torch.channels_last) for item in (x, weight))
+    carrier = partial(torch.nn.functional.conv2d, image, filters, stride=stride, padding=padding)
+    return measure(name, x, partial(conv2d_call, *operands), carrier, channels * kernel * kernel)
 
 
 def measure_linear(rows: int, features: int, outputs: int) -> dict[str, Any]:
     x = torch.randint(0, 256, (rows, features), dtype=torch.uint8)
     weight = torch.randint(-127, 128, (outputs, features), dtype=torch.int8)
     operands = (weight, torch.rand(outputs), torch.rand(outputs), 0.1, 7, torch.bfloat16)
-    return measure(f"linear, {rows} rows, {features} to {outputs}", x, partial(linear_call, *operands), features)
+    carrier = partial(torch.nn.functional.linear, *(item.to(torch.bfloat16) for item in (x, weight)))
+    name = f"linear, {rows} rows, {features} to {outputs}"
+    return measure(name, x, partial(linear_call, *operands), carrier, features)
 
 
-def measure(name: str, x: torch.Tensor, make: Callable[[], KernelCall], depth: int) -> dict[str, Any]:
+def measure(
+    name: str, x: torch.Tensor, make: Callable[[], KernelCall], carrier: Callable[[], torch.Tensor], depth: int
+) -> dict[str, Any]:
     calls: list[KernelCall] = []
     for own in (False, True):
         with patch.object(x86_calls, "vnni_available", lambda own=own: own):
             calls.append(make())
     with torch.inference_mode():
-        onednn, ours = interleaved(
-            [lambda: calls[0](x), lambda: calls[1](x)], processor_seconds, warm_up=5, least=15, budget=0.5
-        )
+        runs = [carrier, lambda: calls[0](x), lambda: calls[1](x)]
+        bf16, onednn, ours = interleaved(runs, processor_seconds, warm_up=5, least=15, budget=0.75)
         operations = 2 * calls[1](x).numel() * depth
-    return {"layer": name, "onednn_us": 1e6 * onednn, "ours_us": 1e6 * ours, "operations": operations}
+    times = {"bf16_us": 1e6 * bf16, "onednn_us": 1e6 * onednn, "ours_us": 1e6 * ours}
+    return {"layer": name, **times, "operations": operations}
 
 
 def measure_attention(heads: int, queries: int, keys: int, size: int) -> dict[str, Any]:
@@ -156,8 +162,10 @@ def table(results: Mapping[str, Any]) -> str:
     cells = [
         [
             row["layer"],
+            f"{row['bf16_us']:.0f}",
             f"{row['onednn_us']:.0f}",
             f"{row['ours_us']:.0f}",
+            f"{row['bf16_us'] / row['ours_us']:.2f}x",
             f"{row['onednn_us'] / row['ours_us']:.2f}x",
             f"{row['operations'] / row['ours_us'] / 1e3:.0f}",
         ]
@@ -176,7 +184,8 @@ def table(results: Mapping[str, Any]) -> str:
         "# Integer layers and attention on x86: our kernels, oneDNN's and torch's\n\n"
         f"Written by `{results['command']}` (commit `{results['commit']}`; {machine['processor']}, {machine['isa']}, "
         f"{machine['threads']} thread(s), torch "
-        f"{machine['torch']}): medians of interleaved calls, bf16 written, weights packed for the shape. GOPS count a "
+        f"{machine['torch']}): medians of interleaved calls, bf16 written, weights packed for the shape; bf16: torch's "
+        "operators on bf16 operands. GOPS count a "
         f"multiplication and an addition as two.\n\n{markdown_table(HEADER, cells, numeric=range(1, len(HEADER)))}\n\n"
         "## Attention\n\nOurs turns operands into bytes and makes probabilities of 8 bits on a grid of their row, or "
         "of 16; bf16 is torch's scaled_dot_product_attention on the same operands. Off by: the result's error against "
