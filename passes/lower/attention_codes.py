@@ -9,9 +9,17 @@ from torch import fx
 
 from qdiff_fx.graph.edit import shape_of, tensor_device
 from qdiff_fx.numerics.affine import reciprocal
+from qdiff_fx.numerics.attention import attention_scale
 from qdiff_fx.passes.lower.integer_layers import add_constant, value_like
 
 qdiff = torch.ops.qdiff
+
+
+def score_scale(match: fx.Node) -> float:
+    """What a sum of products of codes is worth in the softmax of a qdiff.attention with quantized operands."""
+    arguments: Any = match.args
+    query_step, key_step, _ = arguments[6]
+    return float(query_step * key_step * attention_scale(arguments[0].meta["val"], arguments[5]))
 
 
 def operand_codes(match: fx.Node, graph_module: fx.GraphModule, name: str) -> list[fx.Node]:

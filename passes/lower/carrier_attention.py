@@ -6,8 +6,9 @@ import torch
 from torch import fx
 
 from qdiff_fx.graph.edit import create_call
-from qdiff_fx.graph.meta import ATTENTION, FALLBACK, TIMED
+from qdiff_fx.graph.meta import FALLBACK
 from qdiff_fx.passes.base import PassContext, RewritePass
+from qdiff_fx.passes.lower.integer_layers import replace_call
 
 aten = torch.ops.aten
 qdiff = torch.ops.qdiff
@@ -49,10 +50,5 @@ def drop_quantizers(match: fx.Node, graph_module: fx.GraphModule, reason: str) -
             {"scale": scale},
             like=match,
         )
-    if (policy := ATTENTION.get(match)) is not None:
-        ATTENTION.set(call, policy)
-    if (timing := TIMED.get(match)) is not None:
-        TIMED.set(call, timing)
+    replace_call(match, call)
     FALLBACK.set(call, f"quantizers of q, k, v and softmax dropped: {reason}")
-    match.replace_all_uses_with(call)
-    graph.erase_node(match)

@@ -15,15 +15,13 @@ from qdiff_fx.kernels.cuda_gpu import GPUS, Gpu
 from qdiff_fx.kernels.cuda_model import AttentionWork, carrier_attention, integer_attention
 from qdiff_fx.kernels.cuda_tiles import AttentionTile, attention_tiles
 from qdiff_fx.kernels.cuda_weights import SIGNED_OFFSET
-from qdiff_fx.numerics.attention import attention_scale
 from qdiff_fx.passes.base import PassContext, RewritePass
-from qdiff_fx.passes.lower.attention_codes import operand_codes
+from qdiff_fx.passes.lower.attention_codes import operand_codes, score_scale
 from qdiff_fx.passes.lower.carrier_attention import drop_quantizers
 from qdiff_fx.passes.lower.cuda_target import DEFAULT_CAPABILITY, target_gpu
 from qdiff_fx.passes.lower.integer_layers import replace_call
 from qdiff_fx.passes.lower.signed_codes import signed_codes
 
-aten = torch.ops.aten
 qdiff = torch.ops.qdiff
 
 
@@ -88,12 +86,12 @@ def attention_work(node: fx.Node) -> AttentionWork:
 def _use_kernel(match: fx.Node, graph_module: fx.GraphModule, tile: AttentionTile) -> None:
     graph = graph_module.graph
     arguments: Any = match.args
-    query, *_, mask, is_causal, scale, scales, zero_points, _, softmax_bits = arguments
+    *_, mask, is_causal, _, scales, zero_points, _, softmax_bits = arguments
     qmax = 2**softmax_bits - 1
     with graph.inserting_before(match):
         codes = [signed_codes(graph, node) for node in operand_codes(match, graph_module, f"cuda_{match.name}")]
         numbers = (
-            scales[0] * scales[1] * attention_scale(query.meta["val"], scale),
+            score_scale(match),
             scales[2] / qmax,
             [item - SIGNED_OFFSET for item in zero_points],
             qmax,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,9 +12,8 @@ from qdiff_fx.graph.meta import KERNEL
 from qdiff_fx.graph.propagate import size_hint
 from qdiff_fx.kernels.x86 import kernel_dtype
 from qdiff_fx.kernels.x86_vnni import vnni_available
-from qdiff_fx.numerics.attention import attention_scale
 from qdiff_fx.passes.base import PassContext, RewritePass
-from qdiff_fx.passes.lower.attention_codes import operand_codes
+from qdiff_fx.passes.lower.attention_codes import operand_codes, score_scale
 from qdiff_fx.passes.lower.carrier_attention import drop_quantizers
 from qdiff_fx.passes.lower.integer_layers import replace_call
 
@@ -55,12 +53,12 @@ class LowerX86Attention(RewritePass[fx.Node]):
 def _reason(match: fx.Node) -> str | None:
     """Why the kernel cannot run an attention, None if it can."""
     arguments: Any = match.args
-    query, key, value, mask, is_causal, scale, scales = arguments[:7]
+    query, key, value, mask, is_causal, _, scales = arguments[:7]
     if not scales:
         return "its operands are not quantized"
     if not vnni_available():
         return "no int8 attention kernel runs here"
-    if not 0 <= _score_scale(query, scale, scales) <= _MOST_SCALE:
+    if not 0 <= score_scale(match) <= _MOST_SCALE:
         return "the int8 kernel wants a positive scale of the scores"
     if mask is not None or is_causal:
         return "the int8 kernel has no mask"
@@ -74,9 +72,9 @@ def _reason(match: fx.Node) -> str | None:
 
 def _use_kernel(match: fx.Node, graph_module: fx.GraphModule) -> None:
     arguments: Any = match.args
-    query, _, _, _, _, scale, scales, zero_points, _, softmax_bits = arguments
+    *_, scales, zero_points, _, softmax_bits = arguments
     numbers = (
-        _score_scale(query, scale, scales),
+        score_scale(match),
         scales[2],
         [zero_points[0], zero_points[2]],
         2 ** (softmax_bits or CARRIER_SOFTMAX_BITS) - 1,
@@ -87,8 +85,3 @@ def _use_kernel(match: fx.Node, graph_module: fx.GraphModule) -> None:
         node = create_call(graph_module.graph, qdiff.vnni_attention.default, (*codes, *numbers), like=match)
     replace_call(match, node)
     KERNEL.set(node, "qdiff.vnni_attention")
-
-
-def _score_scale(query: fx.Node, scale: float | None, scales: Sequence[float]) -> float:
-    """What a sum of products of codes is worth in the softmax."""
-    return scales[0] * scales[1] * attention_scale(query.meta["val"], scale)

@@ -173,3 +173,8 @@ def signal_to_noise(wanted: Tensor, seen: Tensor) -> float:
     """SQNR in dB."""
     wanted, seen = wanted.double(), seen.double()
     return float(10 * torch.log10(wanted.pow(2).sum() / (wanted - seen).pow(2).sum()))
+
+
+def codes(*shape: int) -> Tensor:
+    """Random activation codes [*shape]."""
+    return torch.randint(0, 256, shape, dtype=torch.uint8)

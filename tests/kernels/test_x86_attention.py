@@ -10,14 +10,11 @@ from torch import Tensor
 
 from qdiff_fx.kernels import reference
 from qdiff_fx.kernels.x86_vnni import load_vnni
+from subjects import codes
 
 qdiff = torch.ops.qdiff
 
 pytestmark = pytest.mark.skipif(not load_vnni(), reason="the CPU has no AVX512-VNNI")
-
-
-def codes(*shape: int) -> Tensor:
-    return torch.randint(0, 256, shape, dtype=torch.uint8)
 
 
 def run(q: Tensor, k: Tensor, v: Tensor, score_scale: float, zero_points: tuple[int, int] = (128, 128)) -> Tensor:

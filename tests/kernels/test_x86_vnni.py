@@ -16,6 +16,7 @@ from qdiff_fx.errors import QDiffWarning
 from qdiff_fx.kernels import reference, x86_calls, x86_vnni
 from qdiff_fx.kernels.x86_calls import KernelCall, conv2d_call, linear_call
 from qdiff_fx.kernels.x86_vnni import load_vnni, pack_vnni, vnni_available
+from subjects import codes
 
 qdiff = torch.ops.qdiff
 
@@ -25,10 +26,6 @@ def vnni(monkeypatch: pytest.MonkeyPatch) -> None:
     if not load_vnni():
         pytest.skip("the CPU has no AVX512-VNNI")
     monkeypatch.setattr(x86_calls, "vnni_available", load_vnni)
-
-
-def codes(*shape: int) -> Tensor:
-    return torch.randint(0, 256, shape, dtype=torch.uint8)
 
 
 def weights(*shape: int) -> Tensor:
