@@ -33,7 +33,7 @@ import peers
 import qdiff_fx
 from peak_memory import peaks
 from qdiff_fx.assets import load_conditional, load_unconditional
-from qdiff_fx.kernels import BACKENDS
+from qdiff_fx.kernels.machine import instruction_sets
 from qdiff_fx.safe_io import write_bytes, write_json
 from roofline import achieved_gops
 
@@ -228,7 +228,7 @@ def isa() -> dict[str, Any]:
     return {
         "isa": torch.backends.cpu.get_cpu_capability(),
         "amx": bool(torch.cpu._is_amx_tile_supported()),
-        "vnni": BACKENDS["x86"].unavailable("cpu") is None,
+        "vnni": "avx512_vnni" in instruction_sets() or "avx_vnni" in instruction_sets(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
@@ -273,7 +273,7 @@ def interleaved(arms: Mapping[str, Callable[[], Tensor]], repeats: int) -> dict[
 
 def matmul_gops() -> float:
     """What this machine's int8 matmul reaches on 1024 x 1280 x 1280, in 10^9 operations a second."""
-    from qdiff_fx.kernels.x86_calls import linear_call
+    from qdiff_fx.kernels.x86 import linear_call
 
     rows, size = 1024, 1280
     x = torch.randint(0, 256, (rows, size), dtype=torch.uint8)

@@ -14,12 +14,11 @@ from torch import Tensor, fx
 import qdiff_fx
 
 KINDS: Mapping[str, str] = {
-    "qdiff.x86_conv2d.default": "convolutions",
-    "qdiff.vnni_conv2d.default": "convolutions",
-    "qdiff.x86_linear.default": "linears",
-    "qdiff.vnni_linear.default": "linears",
+    f"qdiff.{kernels}_{operator}.default": kind
+    for kernels in ("x86", "vnni", "avx2")
+    for operator, kind in (("conv2d", "convolutions"), ("linear", "linears"))
 }
-"""Operators of integer layers, by name: those of VNNI are registered only where they run."""
+"""Operators of integer layers, by name: our own are registered only where they run."""
 
 
 class Stopwatch(fx.Interpreter):
@@ -52,7 +51,7 @@ def _depth(target: str, args: Any) -> int:
     """Products a result."""
     if target == "qdiff.x86_conv2d.default":
         return prod(args[6][1:])
-    if target == "qdiff.vnni_conv2d.default":
+    if KINDS[target] == "convolutions":
         _, height, width, *_, groups = args[3]
         return int(args[0].shape[1]) // groups * height * width
     return int(args[0].shape[-1])

@@ -1,16 +1,18 @@
-"""Integer layers on our own VNNI kernels and on oneDNN's, attention on ours and on torch's: what a call takes.
+"""Integer layers on our own kernels and on oneDNN's, attention on ours and on torch's: what a call takes.
 
     OMP_NUM_THREADS=1 python benchmarks/x86_kernels.py --out docs/results-x86-kernels.json
+    OMP_NUM_THREADS=1 python benchmarks/x86_kernels.py --kernels avx2 --out docs/results-x86-kernels-avx2.json
 
-Shapes of the bundled models, DDPM CIFAR-10 and Stable Diffusion 1.5 at batch 2; bf16 is written; calls are interleaved.
-oneDNN's weights are packed for the very shape. Attention is compared with scaled_dot_product_attention in bf16. The
+Shapes of the bundled models, DDPM CIFAR-10 and Stable Diffusion 1.5 at batch 2; calls are interleaved. torch's
+operators run in the type that the CPU multiplies fastest, bf16 or else float32, which is also what is written.
+oneDNN's weights are packed for the very shape; its sums saturate on CPUs without VNNI, and the table says so. The
 tables are written beside the JSON as .md.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,9 +22,10 @@ import torch
 
 from provenance import origin
 from qdiff_fx.autotune.timer import interleaved, processor_seconds
-from qdiff_fx.kernels import x86_calls
-from qdiff_fx.kernels.x86_calls import KernelCall, conv2d_call, linear_call
-from qdiff_fx.kernels.x86_vnni import load_vnni
+from qdiff_fx.kernels import x86
+from qdiff_fx.kernels.machine import instruction_sets
+from qdiff_fx.kernels.x86 import KernelCall, conv2d_call, linear_call
+from qdiff_fx.kernels.x86_native import AVX2, VNNI, NativeKernels, load_kernels
 from qdiff_fx.report.tables import markdown_table
 from qdiff_fx.safe_io import write_bytes, write_json
 
@@ -67,68 +70,77 @@ ATTENTIONS = (
     (8, 4096, 4096, 40),
 )
 """Heads, queries, keys, head size."""
-HEADER = ("layer", "bf16, us", "oneDNN, us", "ours, us", "bf16 takes", "oneDNN takes", "ours, GOPS")
-ATTENTION_HEADER = (
-    "attention",
-    "bf16, us",
-    "8 bits, us",
-    "16 bits, us",
-    "bf16 takes",
-    "bf16 off by",
-    "8 bits off by",
-    "16 bits off by",
-)
+FLOATING = torch.bfloat16 if "avx512_bf16" in instruction_sets() else torch.float32
+KERNELS = {kernels.name: kernels for kernels in (VNNI, AVX2)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--kernels", choices=KERNELS, default=VNNI.name)
     arguments = parser.parse_args()
-    if not load_vnni():
-        parser.error("this CPU has no AVX512-VNNI, or there is no C++ compiler")
+    kernels = KERNELS[arguments.kernels]
+    if not load_kernels(kernels):
+        parser.error(f"this CPU has no {kernels.needs}, or there is no C++ compiler")
     torch.manual_seed(0)
-    rows = [measure_conv(*case) for case in CONVS] + [measure_linear(*case) for case in LINEARS]
-    attentions = [measure_attention(*case) for case in ATTENTIONS]
-    results = {"rows": rows, "attentions": attentions} | origin(0)
+    rows = [measure_conv(kernels, *case) for case in CONVS] + [measure_linear(kernels, *case) for case in LINEARS]
+    attentions = [measure_attention(*case) for case in ATTENTIONS] if kernels.has_attention else []
+    with patch.object(x86, "native_kernels", lambda: None):
+        exact = x86.known_answers_hold()
+    results = {
+        "kernels": kernels.name,
+        "floating": str(FLOATING).removeprefix("torch."),
+        "onednn_exact": exact,
+        "rows": rows,
+        "attentions": attentions,
+    }
+    results |= origin(0)
     write_json(arguments.out, results)
     text = table(results)
     write_bytes(arguments.out.with_suffix(".md"), text.encode())
     print(text)
 
 
-def measure_conv(channels: int, side: int, outputs: int, kernel: int, stride: int) -> dict[str, Any]:
+def measure_conv(
+    kernels: NativeKernels, channels: int, side: int, outputs: int, kernel: int, stride: int
+) -> dict[str, Any]:
     shape, padding = [2, channels, side, side], kernel // 2
     x = torch.randint(0, 256, shape, dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
     weight = torch.randint(-127, 128, (outputs, channels, kernel, kernel), dtype=torch.int8)
     geometry = ([stride, stride], [padding, padding], [1, 1], 1)
-    operands = (weight, torch.rand(outputs), torch.rand(outputs), 0.1, 7, geometry, shape, torch.bfloat16)
+    operands = (weight, torch.rand(outputs), torch.rand(outputs), 0.1, 7, geometry, shape, FLOATING)
     name = f"conv {kernel}x{kernel}, {channels} to {outputs}, {side}x{side}" + (", stride 2" if stride == 2 else "")
-    image, filters = (item.to(torch.bfloat16, memory_format=torch.channels_last) for item in (x, weight))
+    image, filters = (item.to(FLOATING, memory_format=torch.channels_last) for item in (x, weight))
     carrier = partial(torch.nn.functional.conv2d, image, filters, stride=stride, padding=padding)
-    return measure(name, x, partial(conv2d_call, *operands), carrier, channels * kernel * kernel)
+    return measure(kernels, name, x, partial(conv2d_call, *operands), carrier, channels * kernel * kernel)
 
 
-def measure_linear(rows: int, features: int, outputs: int) -> dict[str, Any]:
+def measure_linear(kernels: NativeKernels, rows: int, features: int, outputs: int) -> dict[str, Any]:
     x = torch.randint(0, 256, (rows, features), dtype=torch.uint8)
     weight = torch.randint(-127, 128, (outputs, features), dtype=torch.int8)
-    operands = (weight, torch.rand(outputs), torch.rand(outputs), 0.1, 7, torch.bfloat16)
-    carrier = partial(torch.nn.functional.linear, *(item.to(torch.bfloat16) for item in (x, weight)))
+    operands = (weight, torch.rand(outputs), torch.rand(outputs), 0.1, 7, FLOATING)
+    carrier = partial(torch.nn.functional.linear, *(item.to(FLOATING) for item in (x, weight)))
     name = f"linear, {rows} rows, {features} to {outputs}"
-    return measure(name, x, partial(linear_call, *operands), carrier, features)
+    return measure(kernels, name, x, partial(linear_call, *operands), carrier, features)
 
 
 def measure(
-    name: str, x: torch.Tensor, make: Callable[[], KernelCall], carrier: Callable[[], torch.Tensor], depth: int
+    kernels: NativeKernels,
+    name: str,
+    x: torch.Tensor,
+    make: Callable[[], KernelCall],
+    carrier: Callable[[], torch.Tensor],
+    depth: int,
 ) -> dict[str, Any]:
     calls: list[KernelCall] = []
-    for own in (False, True):
-        with patch.object(x86_calls, "vnni_available", lambda own=own: own):
+    for chosen in (None, kernels):
+        with patch.object(x86, "native_kernels", lambda chosen=chosen: chosen):
             calls.append(make())
     with torch.inference_mode():
         runs = [carrier, lambda: calls[0](x), lambda: calls[1](x)]
-        bf16, onednn, ours = interleaved(runs, processor_seconds, warm_up=5, least=15, budget=0.75)
+        floating, onednn, ours = interleaved(runs, processor_seconds, warm_up=5, least=15, budget=0.75)
         operations = 2 * calls[1](x).numel() * depth
-    times = {"bf16_us": 1e6 * bf16, "onednn_us": 1e6 * onednn, "ours_us": 1e6 * ours}
+    times = {"floating_us": 1e6 * floating, "onednn_us": 1e6 * onednn, "ours_us": 1e6 * ours}
     return {"layer": name, **times, "operations": operations}
 
 
@@ -158,39 +170,58 @@ def measure_attention(heads: int, queries: int, keys: int, size: int) -> dict[st
 
 
 def table(results: Mapping[str, Any]) -> str:
-    machine = results["machine"]
+    machine, floating = results["machine"], results["floating"]
+    onednn = "oneDNN" if results["onednn_exact"] else "oneDNN (wrong)"
+    header = (
+        "layer",
+        f"{floating}, us",
+        f"{onednn}, us",
+        "ours, us",
+        f"{floating} takes",
+        "oneDNN takes",
+        "ours, GOPS",
+    )
     cells = [
         [
             row["layer"],
-            f"{row['bf16_us']:.0f}",
+            f"{row['floating_us']:.0f}",
             f"{row['onednn_us']:.0f}",
             f"{row['ours_us']:.0f}",
-            f"{row['bf16_us'] / row['ours_us']:.2f}x",
+            f"{row['floating_us'] / row['ours_us']:.2f}x",
             f"{row['onednn_us'] / row['ours_us']:.2f}x",
             f"{row['operations'] / row['ours_us'] / 1e3:.0f}",
         ]
         for row in results["rows"]
     ]
-    attentions = [
+    wrong = "" if results["onednn_exact"] else " oneDNN's sums saturate on this CPU: its time is that of wrong results."
+    return (
+        f"# Integer layers on x86: our kernels for {KERNELS[results['kernels']].needs}, oneDNN's and torch's\n\n"
+        f"Written by `{results['command']}` (commit `{results['commit']}`; {machine['processor']}, {machine['isa']}, "
+        f"{machine['threads']} thread(s), torch {machine['torch']}): medians of interleaved calls, {floating} written, "
+        f"weights packed for the shape; {floating}: torch's operators on such operands. GOPS count a "
+        f"multiplication and an addition as two.{wrong}\n\n"
+        f"{markdown_table(header, cells, numeric=range(1, len(header)))}\n"
+        f"{attention_table(results['attentions']) if results['attentions'] else ''}"
+    )
+
+
+def attention_table(rows: Iterable[Mapping[str, Any]]) -> str:
+    names = ("bf16", "8 bits", "16 bits")
+    header = ("attention", *(f"{name}, us" for name in names), "bf16 takes", *(f"{name} off by" for name in names))
+    cells = [
         [
             row["attention"],
             *(f"{time:.0f}" for time in row["us"].values()),
             f"{row['us']['bf16'] / row['us']['8 bits']:.2f}x",
             *(f"{100 * error:.2f} %" for error in row["errors"].values()),
         ]
-        for row in results["attentions"]
+        for row in rows
     ]
     return (
-        "# Integer layers and attention on x86: our kernels, oneDNN's and torch's\n\n"
-        f"Written by `{results['command']}` (commit `{results['commit']}`; {machine['processor']}, {machine['isa']}, "
-        f"{machine['threads']} thread(s), torch "
-        f"{machine['torch']}): medians of interleaved calls, bf16 written, weights packed for the shape; bf16: torch's "
-        "operators on bf16 operands. GOPS count a "
-        f"multiplication and an addition as two.\n\n{markdown_table(HEADER, cells, numeric=range(1, len(HEADER)))}\n\n"
-        "## Attention\n\nOurs turns operands into bytes and makes probabilities of 8 bits on a grid of their row, or "
+        "\n## Attention\n\nOurs turns operands into bytes and makes probabilities of 8 bits on a grid of their row, or "
         "of 16; bf16 is torch's scaled_dot_product_attention on the same operands. Off by: the result's error against "
         "float32 attention on them, relative to its norm.\n\n"
-        f"{markdown_table(ATTENTION_HEADER, attentions, numeric=range(1, len(ATTENTION_HEADER)))}\n"
+        f"{markdown_table(header, cells, numeric=range(1, len(header)))}\n"
     )
 
 

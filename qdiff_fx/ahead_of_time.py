@@ -29,7 +29,7 @@ from qdiff_fx.graph.propagate import example_inputs
 from qdiff_fx.graph.signature import CallSignature
 from qdiff_fx.kernels import select_backend
 from qdiff_fx.kernels.machine import instruction_sets, processor_digest
-from qdiff_fx.kernels.x86_vnni import find_compiler, kernel_digest, vnni_available
+from qdiff_fx.kernels.x86_native import find_compiler, kernel_digest, native_kernels
 from qdiff_fx.safe_io import replacing
 
 SUFFIX = ".pt2"
@@ -46,10 +46,10 @@ def require_packages() -> None:
         find_compiler()
     except (OSError, ValueError) as error:
         raise BackendError(f"nothing can be compiled here: {error}; install one, or name it in CXX") from error
-    if not vnni_available():
+    if native_kernels() is None:
         raise BackendError(
-            "nothing can be compiled ahead of time here: that takes a CPU with AVX512-VNNI without AMX, this one has "
-            f"{' '.join(instruction_sets()) or 'none of them'}; use compile()"
+            "nothing can be compiled ahead of time here: that takes AVX512-VNNI and no AMX, or AVX2 and no VNNI; this "
+            f"CPU has {' '.join(instruction_sets()) or 'none of them'}; use compile()"
         )
 
 

@@ -16,10 +16,10 @@ import qdiff_fx
 from qdiff_fx import ahead_of_time
 from qdiff_fx.errors import BackendError, CheckpointError, InputError
 from qdiff_fx.kernels import BACKENDS
-from qdiff_fx.kernels.x86_vnni import vnni_available
+from qdiff_fx.kernels.x86_native import native_kernels
 from subjects import signal_to_noise, sketch_inputs
 
-_REASON = BACKENDS["x86"].unavailable("cpu") or (None if vnni_available() else "no AVX512-VNNI without AMX here")
+_REASON = BACKENDS["x86"].unavailable("cpu") or (None if native_kernels() is not None else "no kernels of our own here")
 pytestmark = pytest.mark.skipif(_REASON is not None, reason=str(_REASON))
 
 
@@ -183,6 +183,6 @@ def test_names_backends_and_machines_without_packages(
         patch.setenv("CXX", "no-such-compiler")
         with pytest.raises(BackendError, match="no-such-compiler is not in PATH"):
             model.package(tmp_path / "code.pt2")
-    monkeypatch.setattr(ahead_of_time, "vnni_available", lambda: False)
-    with pytest.raises(BackendError, match="AVX512-VNNI without AMX"):
+    monkeypatch.setattr(ahead_of_time, "native_kernels", lambda: None)
+    with pytest.raises(BackendError, match="no AMX"):
         model.package(tmp_path / "code.pt2")

@@ -11,7 +11,7 @@ from qdiff_fx.graph.edit import create_call, shape_of
 from qdiff_fx.graph.meta import KERNEL
 from qdiff_fx.graph.propagate import size_hint
 from qdiff_fx.kernels.x86 import kernel_dtype
-from qdiff_fx.kernels.x86_vnni import vnni_available
+from qdiff_fx.kernels.x86_native import native_kernels
 from qdiff_fx.passes.base import PassContext, RewritePass
 from qdiff_fx.passes.lower.attention_codes import operand_codes, score_scale
 from qdiff_fx.passes.lower.carrier_attention import drop_quantizers
@@ -56,7 +56,8 @@ def _reason(match: fx.Node) -> str | None:
     query, key, value, mask, is_causal, _, scales = arguments[:7]
     if not scales:
         return "its operands are not quantized"
-    if not vnni_available():
+    kernels = native_kernels()
+    if kernels is None or not kernels.has_attention:
         return "no int8 attention kernel runs here"
     if not 0 <= score_scale(match) <= _MOST_SCALE:
         return "the int8 kernel wants a positive scale of the scores"

@@ -7,8 +7,7 @@ from torch import fx
 
 from qdiff_fx.graph.edit import shape_of
 from qdiff_fx.graph.propagate import size_hint
-from qdiff_fx.kernels.x86 import kernel_dtype
-from qdiff_fx.kernels.x86_calls import KernelCall, conv2d_call, linear_call
+from qdiff_fx.kernels.x86 import KernelCall, conv2d_call, kernel_dtype, linear_call
 from qdiff_fx.passes.base import PassContext
 from qdiff_fx.passes.lower.integer_layers import (
     IntegerLayer,
@@ -20,7 +19,7 @@ from qdiff_fx.passes.lower.integer_layers import (
 
 
 class LowerX86Layers(IntegerLayerPass):
-    """qdiff.conv2d and qdiff.linear become operators of kernels/x86_calls.py.
+    """qdiff.conv2d and qdiff.linear become operators of kernels/x86.py.
 
     4-bit weights are unpacked and their zero points and shifts folded into int8; every weight is packed into a
     non-persistent buffer. A bias is kept in float32, which is what the kernels add. Carrier types that they do not

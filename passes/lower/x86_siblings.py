@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from qdiff_fx.graph.meta import KERNEL
-from qdiff_fx.kernels.x86 import kernel_dtype
-from qdiff_fx.kernels.x86_calls import linear_call
+from qdiff_fx.kernels.x86 import kernel_dtype, linear_call
 from qdiff_fx.passes.base import GraphPass, PassContext, PassResult, finish
 from qdiff_fx.passes.lower.integer_layers import IntegerLayer, replace_by_slices, sibling_linears, stored_tensor
 from qdiff_fx.passes.lower.x86_layers import insert_kernel_call

@@ -19,9 +19,8 @@ from qdiff_fx.autotune.choose import Subject
 from qdiff_fx.autotune.layer_size import LayerSize, layer_size
 from qdiff_fx.autotune.timer import interleaved, processor_seconds
 from qdiff_fx.graph.meta import LayerTiming
-from qdiff_fx.kernels.x86 import OUTPUT_DTYPES
-from qdiff_fx.kernels.x86_calls import conv2d_call, linear_call
-from qdiff_fx.kernels.x86_vnni import vnni_available
+from qdiff_fx.kernels.x86 import OUTPUT_DTYPES, conv2d_call, linear_call
+from qdiff_fx.kernels.x86_native import native_kernels
 from qdiff_fx.passes.lower.integer_layers import IntegerLayer, integer_layer, sibling_linears
 
 aten = torch.ops.aten
@@ -38,7 +37,8 @@ def subjects(graph_module: fx.GraphModule) -> Iterator[Subject]:
 def _subject(unit: list[IntegerLayer]) -> Subject:
     size = layer_size(unit)
     nodes = tuple(layer.node for layer in unit)
-    key = f"vnni {size.key}" if vnni_available() else size.key  # other kernels take another time
+    kernels = native_kernels()
+    key = size.key if kernels is None else f"{kernels.name} {size.key}"  # other kernels take another time
     return Subject(nodes=nodes, key=key, dtype=size.dtype, measure=lambda: measure(size))
 
 

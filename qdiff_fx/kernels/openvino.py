@@ -20,8 +20,8 @@ def _unavailable(device: str) -> str | None:
 
     if not known_answers_hold():
         return (
-            "OpenVINO's int8 kernels saturate on this CPU (no VNNI), so results would be wrong; use "
-            "backend='reference', or the original model in bf16"
+            "OpenVINO's int8 kernels saturate on this CPU (no VNNI), so results would be wrong; use backend='x86' or "
+            "backend='reference', or the original model"
         )
     return None
 

@@ -1,38 +1,29 @@
-"""oneDNN int8 kernels for x86 CPUs: operators over prepacked weights, and the check that this CPU computes them right.
+"""Which operator runs an integer layer on x86, what it is called with, and whether its results are right here.
 
-`qdiff::x86_conv2d` and `qdiff::x86_linear` wrap `onednn::qconv_pointwise` and `onednn::qlinear_pointwise`. They are
-operators of our own because inductor's lowering of the latter demands a frozen weight, and because oneDNN answers an
-empty [B, N, C] with a two-dimensional result. They are registered with plain `Library.impl`: `custom_op` costs 50 us a
-call more. Every line in them is paid for by each layer of each step: small layers take no longer than their call.
-
-Traps that this module keeps out of the rest: activations must be uint8, weight zero points are ignored (there are
-none: ours are folded), and CPUs without VNNI saturate 16-bit partial sums, which is wrong and not merely slow.
+Our own where the CPU has AVX512-VNNI and no AMX (docs/decisions/012) or AVX2 alone (014), oneDNN's elsewhere.
 """
 
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from qdiff_fx.kernels.backend import Backend
-from qdiff_fx.kernels.empty_image import empty_image
+from qdiff_fx.kernels.x86_native import native_kernels
+from qdiff_fx.kernels.x86_onednn import prepack_conv2d, prepack_linear
 
-_LIBRARY: Any = torch.library.Library("qdiff", "FRAGMENT")  # type: ignore[no-untyped-call]
-_LIBRARY.define(
-    "x86_conv2d(Tensor x, Tensor packed, Tensor weight_scale, Tensor? bias, float x_scale, int x_zero_point, "
-    "int[] weight_shape, int[] stride, int[] padding, int[] dilation, int groups, ScalarType output_dtype) -> Tensor"
-)
-_LIBRARY.define(
-    "x86_linear(Tensor x, Tensor packed, Tensor weight_scale, Tensor? bias, float x_scale, int x_zero_point, "
-    "int output_features, ScalarType output_dtype) -> Tensor"
-)
+qdiff = torch.ops.qdiff
 
 OUTPUT_DTYPES = (torch.float32, torch.bfloat16)
 """Carrier types that integer kernels write."""
+
+Geometry = tuple[list[int], list[int], list[int], int]
+"""Stride, padding, dilation and groups."""
 
 
 def kernel_dtype(carrier: torch.dtype) -> torch.dtype:
@@ -40,165 +31,103 @@ def kernel_dtype(carrier: torch.dtype) -> torch.dtype:
     return carrier if carrier in OUTPUT_DTYPES else torch.float32
 
 
-def prepack_conv2d(
-    weight: Tensor,
-    weight_scale: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    x_shape: Sequence[int] | None,
-) -> Tensor:
-    """`weight` [O, C / groups, kH, kW] int8 in oneDNN's blocked layout: opaque, cannot be copied or saved.
+@dataclass(frozen=True, kw_only=True)
+class KernelCall:
+    """An integer layer as `target(x, *tensors.values(), *literals)`, x being uint8 codes.
 
     Args:
-      x_shape: [B, C, H, W] that the blocking is chosen for. Any shape runs with it; one that wants another blocking
-        reorders the weight on every call.
+      target: the operator.
+      tensors: packed weight and what else the layer keeps, by role. Weights packed by oneDNN are opaque.
+      literals: the rest.
     """
-    # x_scale and x_zero_point only enter the layout query; values do not matter, zero or not does.
-    packed: Tensor = torch.ops.onednn.qconv_prepack(
-        weight.contiguous(),
-        weight_scale,
-        1.0,
-        1,
-        list(stride),
-        list(padding),
-        list(dilation),
-        groups,
-        None if x_shape is None else list(x_shape),
+
+    target: Any
+    tensors: Mapping[str, Tensor | None]
+    literals: tuple[Any, ...]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        result: Tensor = self.target(x, *self.tensors.values(), *self.literals)
+        return result
+
+
+def conv2d_call(
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    x_scale: float,
+    x_zero_point: int,
+    geometry: Geometry,
+    x_shape: Sequence[int] | None,
+    output_dtype: torch.dtype,
+) -> KernelCall:
+    """A convolution by `weight` [O, C / groups, kH, kW] int8.
+
+    Args:
+      weight_scale: [O] float32.
+      bias: [O] float32.
+      x_scale, x_zero_point: of the codes.
+      geometry: stride, padding, dilation, groups; padding is by the zero point.
+      x_shape: [B, C, H, W] that oneDNN's weight is laid out for.
+      output_dtype: one of OUTPUT_DTYPES.
+    """
+    kernels = native_kernels()
+    if kernels is not None:
+        stride, padding, dilation, groups = geometry
+        sizes = [weight.shape[0], *weight.shape[2:], *stride, *padding, *dilation, groups]
+        packed = kernels.pack(weight, weight_scale, bias, x_scale, x_zero_point, groups)
+        literals = (x_zero_point, sizes, output_dtype)
+        return KernelCall(target=kernels.operator("conv2d"), tensors={"weight": packed}, literals=literals)
+    return KernelCall(
+        target=qdiff.x86_conv2d.default,
+        tensors={
+            "weight": prepack_conv2d(weight, weight_scale, *geometry, x_shape),
+            "scale": weight_scale,
+            "bias": bias,
+        },
+        literals=(x_scale, x_zero_point, list(weight.shape), *geometry, output_dtype),
     )
-    return packed
 
 
-def prepack_linear(weight: Tensor) -> Tensor:
-    """`weight` [O, C] int8 in oneDNN's blocked layout: opaque, cannot be copied or saved."""
-    packed: Tensor = torch.ops.onednn.qlinear_prepack(weight.contiguous(), None)
-    return packed
-
-
-def _conv2d(
-    x: Tensor,
-    packed: Tensor,
+def linear_call(
+    weight: Tensor,
     weight_scale: Tensor,
     bias: Tensor | None,
     x_scale: float,
     x_zero_point: int,
-    weight_shape: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
     output_dtype: torch.dtype,
-) -> Tensor:
-    if not x.is_contiguous(memory_format=torch.channels_last):
-        x = x.contiguous(memory_format=torch.channels_last)
-    result: Tensor = torch.ops.onednn.qconv_pointwise.default(
-        x,
-        x_scale,
-        x_zero_point,
-        packed,
-        weight_scale,
-        weight_scale,  # in place of weight zero points, which oneDNN does not read
-        bias,
-        stride,
-        padding,
-        dilation,
-        groups,
-        1.0,
-        0,
-        output_dtype,
-        "none",
-        [],
-        "",
+) -> KernelCall:
+    """A linear by `weight` [O, C] int8; arguments as for `conv2d_call`."""
+    outputs = weight.shape[0]
+    kernels = native_kernels()
+    if kernels is not None:
+        packed = kernels.pack(weight, weight_scale, bias, x_scale, x_zero_point)
+        literals = (outputs, output_dtype)
+        return KernelCall(target=kernels.operator("linear"), tensors={"weight": packed}, literals=literals)
+    return KernelCall(
+        target=qdiff.x86_linear.default,
+        tensors={"weight": prepack_linear(weight), "scale": weight_scale, "bias": bias},
+        literals=(x_scale, x_zero_point, outputs, output_dtype),
     )
-    return result
-
-
-def _conv2d_fake(
-    x: Tensor,
-    packed: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    x_scale: float,
-    x_zero_point: int,
-    weight_shape: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    output_dtype: torch.dtype,
-) -> Tensor:
-    return empty_image(x, weight_shape, stride, padding, dilation, output_dtype)
-
-
-def _linear(
-    x: Tensor,
-    packed: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    x_scale: float,
-    x_zero_point: int,
-    output_features: int,
-    output_dtype: torch.dtype,
-) -> Tensor:
-    if x.numel() == 0:
-        return torch.empty((*x.shape[:-1], output_features), dtype=output_dtype)
-    result: Tensor = torch.ops.onednn.qlinear_pointwise.default(
-        x if x.is_contiguous() else x.contiguous(),
-        x_scale,
-        x_zero_point,
-        packed,
-        weight_scale,
-        weight_scale,  # in place of weight zero points, which oneDNN does not read
-        bias,
-        1.0,
-        0,
-        output_dtype,
-        "none",
-        [],
-        "",
-    )
-    return result
-
-
-def _linear_fake(
-    x: Tensor,
-    packed: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    x_scale: float,
-    x_zero_point: int,
-    output_features: int,
-    output_dtype: torch.dtype,
-) -> Tensor:
-    return torch.empty((*x.shape[:-1], output_features), dtype=output_dtype, device=x.device)
-
-
-# A packed weight is a mkldnn tensor, which has a dispatch key of its own.
-for _key in ("CPU", "MkldnnCPU"):
-    _LIBRARY.impl("x86_conv2d", _conv2d, _key)
-    _LIBRARY.impl("x86_linear", _linear, _key)
-torch.library.register_fake("qdiff::x86_conv2d", _conv2d_fake, lib=_LIBRARY)
-torch.library.register_fake("qdiff::x86_linear", _linear_fake, lib=_LIBRARY)
 
 
 def _unavailable(device: str) -> str | None:
-    """Why oneDNN's int8 kernels cannot be used on `device`, None if they can."""
+    """Why no int8 kernels can be used on `device`, None if some can."""
     if device != "cpu":
-        return f"the model is on {device}; oneDNN's kernels run on cpu: use .to('cpu')"
+        return f"the model is on {device}; the x86 kernels run on cpu: use .to('cpu')"
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return f"the CPU is {platform.machine()}, want x86_64"
-    if not torch._C._has_mkldnn or not hasattr(torch.ops.onednn, "qconv_pointwise"):
+    if native_kernels() is None and (not torch._C._has_mkldnn or not hasattr(torch.ops.onednn, "qconv_pointwise")):
         return "this build of PyTorch has no oneDNN int8 kernels"
-    if not _known_answers_hold():
+    if not known_answers_hold():
         return (
             "oneDNN's int8 kernels saturate on this CPU (no VNNI, or ONEDNN_MAX_CPU_ISA is set below it), so results "
-            "would be wrong; use backend='reference', or the original model in bf16"
+            "would be wrong, and qdiff_fx's own want AVX2, Linux and a C++ compiler; use backend='reference', or the "
+            "original model in bf16"
         )
     return None
 
 
-def _known_answers_hold() -> bool:
+def known_answers_hold() -> bool:
     """Whether a convolution and a linear of the largest codes come out right.
 
     Each pair of products, 2 * 255 * 127, exceeds int16: without VNNI oneDNN adds pairs in 16 bits, saturating. Asked
@@ -208,21 +137,9 @@ def _known_answers_hold() -> bool:
     x = torch.full((1, channels, 4, 4), 255, dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
     scale = torch.ones(channels)
     weight = torch.full((channels, channels, 3, 3), 127, dtype=torch.int8)
-    geometry: tuple[list[int], list[int], list[int], int] = ([1, 1], [0, 0], [1, 1], 1)
-    conv = torch.ops.qdiff.x86_conv2d(
-        x,
-        prepack_conv2d(weight, scale, *geometry, list(x.shape)),
-        scale,
-        None,
-        1.0,
-        0,
-        list(weight.shape),
-        *geometry,
-        torch.float32,
-    )
-    linear = torch.ops.qdiff.x86_linear(
-        x[:, :, 0, 0], prepack_linear(weight[:, :, 0, 0]), scale, None, 1.0, 0, channels, torch.float32
-    )
+    geometry: Geometry = ([1, 1], [0, 0], [1, 1], 1)
+    conv = conv2d_call(weight, scale, None, 1.0, 0, geometry, list(x.shape), torch.float32)(x)
+    linear = linear_call(weight[:, :, 0, 0], scale, None, 1.0, 0, torch.float32)(x[:, :, 0, 0])
     # Exact in float32: 255 * 127 * 64 * 9 = 18,653,760 is even and below 2^25.
     product = 255.0 * 127.0 * channels
     return bool((conv == product * 9).all() and (linear == product).all())

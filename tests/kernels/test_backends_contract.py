@@ -15,8 +15,9 @@ from torch import Tensor, fx, nn
 
 from qdiff_fx.config import QDiffConfig
 from qdiff_fx.graph.signature import CallSignature
-from qdiff_fx.kernels import BACKENDS, reference, x86_calls
-from qdiff_fx.kernels.x86_vnni import load_vnni
+from qdiff_fx.kernels import BACKENDS, reference, x86
+from qdiff_fx.kernels.machine import instruction_sets
+from qdiff_fx.kernels.x86_native import AVX2, VNNI, load_kernels, native_kernels
 from qdiff_fx.numerics.packing import pack_int4, pack_shifts
 from qdiff_fx.passes.base import PassContext, run_passes
 from qdiff_fx.passes.lower import LOWER
@@ -84,8 +85,11 @@ LINEARS = {
 STORED = ("int8", "int4", "int4-shifted")
 
 
+X86_KERNELS = {"vnni": VNNI, "avx2": AVX2, "onednn": None}
 # The q/dq form has no integer kernels, hence no accumulators: tests/passes/lower/test_qdq.py holds its numbers.
-KERNELS = [name for name in BACKENDS if name not in ("reference", "qdq", "x86")] + ["x86 vnni", "x86 onednn"]
+KERNELS = [name for name in BACKENDS if name not in ("reference", "qdq", "x86")] + [
+    f"x86 {name}" for name in X86_KERNELS
+]
 
 ZERO_POINTS = [
     # In the cuda kernels a zero point is nothing but a factor of a table; interpreting all three takes half a minute.
@@ -107,12 +111,14 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     if reason is not None:
         assert os.environ["TRITON_INTERPRET"] != "0" or name != "cuda", reason
         pytest.skip(reason)
-    if kernels == "vnni":
-        monkeypatch.setattr(x86_calls, "vnni_available", load_vnni)  # also beside AMX
-        if not load_vnni():
-            pytest.skip("the CPU has no AVX512-VNNI")
-    elif kernels == "onednn":
-        monkeypatch.setattr(x86_calls, "vnni_available", lambda: False)
+    if name == "x86":  # whether this CPU would choose them or not
+        chosen = X86_KERNELS[kernels]
+        if chosen is not None and not load_kernels(chosen):
+            pytest.skip(f"the CPU has no {chosen.needs}")
+        monkeypatch.setattr(x86, "native_kernels", lambda: chosen)
+        if not x86.known_answers_hold():
+            assert chosen is None
+            pytest.skip("oneDNN's kernels saturate on this CPU")
     return name
 
 
@@ -332,24 +338,29 @@ except BackendError as error:
 """
 
 
-def _probed(isa: str) -> list[str]:
-    environment = os.environ | {"ONEDNN_MAX_CPU_ISA": isa, "PYTHONWARNINGS": "ignore"}
+def _probed(isa: str, **variables: str) -> list[str]:
+    environment = os.environ | {"ONEDNN_MAX_CPU_ISA": isa, "PYTHONWARNINGS": "ignore"} | variables
     done = subprocess.run([sys.executable, "-c", _PROBE], env=environment, capture_output=True, text=True, check=True)
     return done.stdout.splitlines()[-2:]
 
 
 @pytest.mark.parametrize("isa", ["AVX2", "AVX512_CORE"])
 def test_a_cpu_whose_kernels_saturate_is_refused(isa: str) -> None:
-    """auto falls to the reference; who asks for x86 hears the reason and the two ways out."""
-    chosen, refusal = _probed(isa)
+    """Where ours cannot be compiled auto falls to the reference; who asks for x86 hears why and the two ways out."""
+    chosen, refusal = _probed(isa, CXX="no-such-compiler")
     assert chosen == "reference"
     assert "cannot run here" in refusal and "'reference'" in refusal and "bf16" in refusal
     assert "saturate" in refusal or "x86_64" in refusal or "oneDNN" in refusal
 
 
-@pytest.mark.skipif(BACKENDS["x86"].unavailable("cpu") is not None, reason="no VNNI here")
-def test_vnni_without_anything_newer_is_enough() -> None:
-    assert _probed("AVX512_CORE_VNNI") == ["x86", "x86"]
+@pytest.mark.skipif(native_kernels() is None, reason="no kernels of our own here")
+def test_kernels_of_our_own_are_right_where_onednn_saturates() -> None:
+    assert _probed("AVX2") == ["x86", "x86"]
+
+
+@pytest.mark.skipif("avx512_vnni" not in instruction_sets(), reason="the CPU has no AVX512-VNNI")
+def test_for_onednn_vnni_without_anything_newer_is_enough() -> None:
+    assert _probed("AVX512_CORE_VNNI", CXX="no-such-compiler") == ["x86", "x86"]
 
 
 def test_x86_runs_on_cpus_only() -> None:

@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qdiff_fx.kernels import reference
-from qdiff_fx.kernels.x86_vnni import load_vnni
+from qdiff_fx.kernels.x86_native import VNNI, load_kernels
 from subjects import codes
 
 qdiff = torch.ops.qdiff
 
-pytestmark = pytest.mark.skipif(not load_vnni(), reason="the CPU has no AVX512-VNNI")
+pytestmark = pytest.mark.skipif(not load_kernels(VNNI), reason="the CPU has no AVX512-VNNI")
 
 
 def run(q: Tensor, k: Tensor, v: Tensor, score_scale: float, zero_points: tuple[int, int] = (128, 128)) -> Tensor:

@@ -131,7 +131,7 @@ def _integer_conv2d(
     product = convolution(
         call,
         _operand(x, x_scale, x_zero_point, from_zero),
-        _weight(integers, weight_scale.tensor),
+        weight_in_real_units(integers, weight_scale.tensor),
         geometry=(list(stride), list(padding), list(dilation)),
         groups=groups,
         shape=weight_shape,
@@ -155,7 +155,7 @@ def _integer_linear(
     integers = _integers(weight, weight_zero_point, channel_shift, weight_shape, 1)
     shift = _code_shift(integers, weight_scale.tensor, x_scale * x_zero_point)
     operand = _operand(x, x_scale, x_zero_point, True)
-    product = opset.matmul(operand, _weight(integers, weight_scale.tensor), False, True)
+    product = opset.matmul(operand, weight_in_real_units(integers, weight_scale.tensor), False, True)
     product.set_friendly_name(call.node.name)
     return _with_bias(product.output(0), None if bias is None else bias.tensor, shift, 1)
 
@@ -176,7 +176,8 @@ def _operand(x: Any, scale: float, zero_point: int, from_zero: bool) -> Any:
     return opset.multiply(real, constant(scale, ov.Type.f32)).output(0)
 
 
-def _weight(integers: Tensor, scale: Tensor) -> Any:
+def weight_in_real_units(integers: Tensor, scale: Tensor) -> Any:
+    """int8 `integers` [O, ...] times `scale` [O], in the form that the plugin keeps on integers."""
     real = opset.convert(constant(integers), "f32")
     return opset.multiply(real, constant(along_axis(scale.detach().float(), integers.ndim, 0))).output(0)
 

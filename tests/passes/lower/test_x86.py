@@ -17,7 +17,7 @@ from factor_latency import give_random_factors
 from qdiff_fx.assets import load_conditional, load_unconditional
 from qdiff_fx.calibration.driver import fit_activations, fit_weights
 from qdiff_fx.kernels import BACKENDS, x86_norms
-from qdiff_fx.kernels.x86_vnni import load_vnni
+from qdiff_fx.kernels.x86_native import VNNI, load_kernels
 from qdiff_fx.passes.lower import x86_attention
 from subjects import Sketch, calls_of, conditional_unet, signal_to_noise, sketch_inputs
 
@@ -49,7 +49,7 @@ def count(graph_module: fx.GraphModule, prefix: str) -> int:
     return sum(str(target).startswith(prefix) for target in targets(graph_module))
 
 
-INTEGER_LAYER = re.compile(r"qdiff\.(x86|vnni)_(conv2d|linear)\.default")
+INTEGER_LAYER = re.compile(r"qdiff\.(x86|vnni|avx2)_(conv2d|linear)\.default")
 INTEGER_ATTENTION = "qdiff.vnni_attention.default"
 
 
@@ -85,12 +85,12 @@ def test_quality_is_that_of_the_reference(sketch: nn.Module, prepared: qdiff_fx.
     assert quality["bfloat16"] > quality["reference"] - 3.0
 
 
-@pytest.mark.skipif(not load_vnni(), reason="the CPU has no AVX512-VNNI")
+@pytest.mark.skipif(not load_kernels(VNNI), reason="the CPU has no AVX512-VNNI")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_attention_multiplies_bytes(
     sketch: nn.Module, prepared: qdiff_fx.PreparedUNet, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(x86_attention, "vnni_available", load_vnni)
+    monkeypatch.setattr(x86_attention, "native_kernels", lambda: VNNI)
     model = qdiff_fx.convert(prepared, backend="x86", dtype=dtype)
     assert qdiff.vnni_attention.default in targets(model.lowered)
     assert not {aten.scaled_dot_product_attention.default, qdiff.attention.default} & set(targets(model.lowered))
@@ -112,7 +112,7 @@ def test_attention_multiplies_bytes(
 def test_attention_leaves_its_quantizers_without_a_kernel(
     prepared: qdiff_fx.PreparedUNet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(x86_attention, "vnni_available", lambda: False)
+    monkeypatch.setattr(x86_attention, "native_kernels", lambda: None)
     model = qdiff_fx.convert(prepared, backend="x86")
     assert aten.scaled_dot_product_attention.default in targets(model.lowered)
     rows = [row for row in model.lowering_report().rows if row.fallback]
@@ -207,7 +207,7 @@ def test_quantizing_is_fused_into_normalization_and_activation(dtype: torch.dtyp
     model = qdiff_fx.convert(prepared, backend="x86", dtype=dtype).compile()
     with torch.no_grad():
         _, (code,) = run_and_get_code(model, torch.randn(2, 2, 8, 8).to(dtype))
-    kernels = [text for text in code.split("async_compile.cpp_pybinding") if "convert<uint8_t>" in text]
+    kernels = [text for text in code.split("async_compile.cpp_pybinding") if "convert<uint8_t" in text]
     # Two convolutions, two kernels that write codes, each with its SiLU inside: no quantize step of its own.
     assert len(kernels) == 2
     assert all("exp()" in kernel for kernel in kernels)

@@ -13,7 +13,7 @@ from qdiff_fx.graph.meta import FALLBACK
 from qdiff_fx.graph.signature import CallSignature
 from qdiff_fx.kernels import BACKENDS
 from qdiff_fx.kernels.reference import attention as reference_attention
-from qdiff_fx.kernels.x86_vnni import load_vnni
+from qdiff_fx.kernels.x86_native import VNNI, load_kernels
 from qdiff_fx.passes.base import PassContext, run_passes
 from qdiff_fx.passes.lower import LOWER, x86_attention
 
@@ -37,7 +37,7 @@ def attention_alone(operands: list[Tensor], mask: Tensor | None, numbers: tuple[
     return fx.GraphModule(nn.Module(), graph)
 
 
-@pytest.mark.skipif(not load_vnni(), reason="the CPU has no AVX512-VNNI")
+@pytest.mark.skipif(not load_kernels(VNNI), reason="the CPU has no AVX512-VNNI")
 @pytest.mark.parametrize("leading", [(6,), (2, 3)])
 @pytest.mark.parametrize(
     ("scale", "operand_bits", "softmax_bits", "share"),
@@ -52,7 +52,7 @@ def test_attention_of_bytes_is_that_of_its_codes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Against attention in float64 on the operands' grids it errs by at most what the plan does with 8 bits."""
-    monkeypatch.setattr(x86_attention, "vnni_available", load_vnni)
+    monkeypatch.setattr(x86_attention, "native_kernels", lambda: VNNI)
     torch.manual_seed(0)
     operands = [torch.randn(*leading, length, 8) + shift for length, shift in ((5, 0.0), (70, 0.3), (70, -0.5))]
     steps, zero_points = [0.03, 0.04, 0.05], [100, 140, 120]
@@ -72,7 +72,7 @@ def test_attention_of_bytes_is_that_of_its_codes(
 def test_masked_or_unquantized_attention_stays_in_the_carrier_type(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(x86_attention, "vnni_available", lambda: True)
+    monkeypatch.setattr(x86_attention, "native_kernels", lambda: VNNI)
     signature = CallSignature(inputs=(), parameters=tuple("qkvm"), structure={}, sample="q", timestep=None)
     context = PassContext(config=qdiff_fx.QDiffConfig(), signature=signature)
     operands = [torch.randn(2, 3, length, 8, dtype=dtype) for length in (5, 7, 7)]

@@ -18,7 +18,7 @@ from qdiff_fx.passes.lower.shared_steps import ShareQuantizeSteps
 from qdiff_fx.passes.lower.x86_siblings import MergeLinears
 
 qdiff = torch.ops.qdiff
-LINEARS = ("qdiff.x86_linear.default", "qdiff.vnni_linear.default")
+LINEARS = tuple(f"qdiff.{kernels}_linear.default" for kernels in ("x86", "vnni", "avx2"))
 
 _REASON = BACKENDS["x86"].unavailable("cpu")
 pytestmark = pytest.mark.skipif(_REASON is not None, reason=str(_REASON))

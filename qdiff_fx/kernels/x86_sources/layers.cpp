@@ -1,9 +1,10 @@
-// Convolutions and linears of unsigned by signed bytes with AVX512-VNNI: sums in 32 bits, written in a floating type.
+// Convolutions and linears of unsigned by signed bytes: sums in 32 bits, written in a floating type.
 //
 //   y[p, o] = float(offset[o] + sum over taps t and channels c of x[p + t, c] * w[o, t, c]) * scale[o] + bias[o]
 //
-// offset[o] = -zero_point * sum of w[o], so that the sums are exact before they are scaled. A block of some pixels by
-// kLanes outputs stays in registers over all taps and channels; inputs are pixels of contiguous channels (NHWC), read
+// offset[o] = -zero_point * sum of w[o], so that the sums are exact before they are scaled. Compiled once for each
+// instruction set: QDIFF_REGISTERS is the header of its registers, QDIFF_NAME what its operators' names begin with. A block of some
+// pixels by kLanes outputs stays in registers over all taps and channels; inputs are pixels of contiguous channels (NHWC), read
 // where they lie. Inputs with a border, of other strides, or of channels that four does not divide are copied once,
 // with the zero point around them, into memory that each calling thread keeps. Linears are 1x1 convolutions of one row
 // of pixels. All that a layer keeps is one tensor of bytes, since small layers take no longer than their call: for each
@@ -15,16 +16,14 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include "x86_vnni.hpp"
+#include QDIFF_REGISTERS
 
 namespace qdiff {
 namespace {
 
-constexpr int64_t kVectors = 2;
-constexpr int64_t kLanes = 16 * kVectors;
-constexpr int64_t kRows = 12;         // pixels of a block
-constexpr int64_t kFewRows = 4;       // of a layer that has no more pixels
-constexpr int64_t kChunk = 8 * kRows; // pixels that one block of weights is kept for
+constexpr int64_t kLanes = kWidth * kBlockVectors;
+constexpr int64_t kChunk = 96; // pixels that one block of weights is kept for
+static_assert(kChunk % kBlockRows == 0 && kChunk % kFewRows == 0);
 
 // Codes [batch, channels, height, width]; distances in bytes.
 struct Input {
@@ -56,36 +55,33 @@ struct Weight {
 };
 
 // kLanes outputs, from `first` on, of kBlock pixels. `rows` may name a pixel twice.
-template <int64_t kBlock>
-VNNI void block(const Source& source, const Weight& weight, const Target& target, int64_t first,
+template <int kBlock>
+KERNEL void block(const Source& source, const Weight& weight, const Target& target, int64_t first,
                 const uint8_t* const* rows, const int64_t* pixels) {
-  Sums<kBlock, kVectors> sums;
-  start<kBlock, kVectors>(sums, weight.offset + first);
+  Sums<kBlock, kBlockVectors> sums;
+  start<kBlock, kBlockVectors>(sums, weight.offset + first);
   const int64_t groups = source.channels / 4;
   const int8_t* codes = weight.codes + first * 4 * groups * static_cast<int64_t>(source.taps.size());
   for (const int64_t tap : source.taps) {
     const uint8_t* row[kBlock];
 #pragma GCC unroll 12
     for (int r = 0; r < kBlock; ++r) row[r] = rows[r] + tap;
-    codes = add<kBlock, kVectors>(sums, row, groups, codes);
+    codes = add<kBlock, kBlockVectors>(sums, row, groups, codes);
   }
 #pragma GCC unroll 2
-  for (int v = 0; v < kVectors; ++v) {
-    const int64_t at = first + 16 * v;
+  for (int v = 0; v < kBlockVectors; ++v) {
+    const int64_t at = first + kWidth * v;
     if (at >= weight.outputs) break;
-    const __mmask16 kept = first_lanes(weight.outputs - at);
-    const __m512 scale = _mm512_loadu_ps(weight.scale + at), bias = _mm512_loadu_ps(weight.bias + at);
-    // Rounded twice, as the reference does: results have its bits.
+    const Kept kept = first_lanes(weight.outputs - at);
+    const Floats scale = load(weight.scale + at), bias = load(weight.bias + at);
 #pragma GCC unroll 12
-    for (int r = 0; r < kBlock; ++r) {
-      const __m512 value = _mm512_add_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(sums[r][v]), scale), bias);
-      target.store(pixels[r] * target.row + at, kept, value);
-    }
+    for (int r = 0; r < kBlock; ++r)
+      target.store(pixels[r] * target.row + at, kept, scaled(sums[r][v], scale, bias));
   }
 }
 
 // All outputs of blocks [begin, end) of the chunk of pixels that starts at `start`.
-template <int64_t kBlock>
+template <int kBlock>
 void chunk(const Source& source, const Weight& weight, const Target& target, int64_t start, int64_t begin,
            int64_t end) {
   std::array<const uint8_t*, kChunk> rows;
@@ -113,7 +109,7 @@ void run(const Source& source, const Weight& weight, const Target& target) {
   const int64_t blocks = filled_up(weight.outputs, kLanes) / kLanes, chunks = filled_up(source.pixels, kChunk) / kChunk;
   const int64_t pixels = std::min(source.pixels, kChunk);
   const int64_t work = pixels * kLanes * source.channels * static_cast<int64_t>(source.taps.size());
-  const auto part = source.pixels <= kFewRows ? chunk<kFewRows> : chunk<kRows>;
+  const auto part = source.pixels <= kFewRows ? chunk<kFewRows> : chunk<kBlockRows>;
   torch::stable::parallel_for(0, chunks * blocks, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, work)),
                               [&](int64_t begin, int64_t end) {
                                 while (begin < end) {
@@ -233,18 +229,13 @@ Tensor linear(Tensor x, Tensor weight, int64_t outputs, ScalarType dtype) {
 } // namespace
 } // namespace qdiff
 
-// Whether results are rounded by the CPU's instruction; the tests try the other way as well.
-extern "C" void qdiff_vnni_use_bfloat16_instruction(bool used) {
-  qdiff::has_bfloat16 = used && __builtin_cpu_supports("avx512bf16");
-}
-
 STABLE_TORCH_LIBRARY_FRAGMENT(qdiff, library) {
-  library.def(
-      "vnni_conv2d(Tensor x, Tensor weight, int x_zero_point, int[] geometry, ScalarType output_dtype) -> Tensor");
-  library.def("vnni_linear(Tensor x, Tensor weight, int outputs, ScalarType output_dtype) -> Tensor");
+  library.def(QDIFF_NAME "_conv2d(Tensor x, Tensor weight, int x_zero_point, int[] geometry, ScalarType output_dtype) "
+                         "-> Tensor");
+  library.def(QDIFF_NAME "_linear(Tensor x, Tensor weight, int outputs, ScalarType output_dtype) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(qdiff, CPU, library) {
-  library.impl("vnni_conv2d", TORCH_BOX(&qdiff::conv2d));
-  library.impl("vnni_linear", TORCH_BOX(&qdiff::linear));
+  library.impl(QDIFF_NAME "_conv2d", TORCH_BOX(&qdiff::conv2d));
+  library.impl(QDIFF_NAME "_linear", TORCH_BOX(&qdiff::linear));
 }

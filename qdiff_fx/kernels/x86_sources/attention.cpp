@@ -1,6 +1,6 @@
 // Attention on bytes with AVX512-VNNI: softmax(scale * (q - z_q) (k - z_k)^T) (v - z_v) * s_v, in a floating type.
 //
-// Keys stand where a linear's outputs stand (x86_vnni.cpp) and are packed likewise, then values, keys as their
+// Keys stand where a linear's outputs stand (layers.cpp) and are packed likewise, then values, keys as their
 // channels. Terms that are one number for all keys of a row fall out of the softmax: z_k is not needed. Of kQueries
 // rows the scores of all keys are summed first; then their powers e[s] = qmax * 2^(c * (score[s] - max)), c = scale *
 // log2(e), become bytes p[s] = round(e[s]). That is a grid of the row's own: many keys alike keep what a grid of
@@ -17,7 +17,7 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include "x86_vnni.hpp"
+#include "avx512_vnni.hpp"
 
 namespace qdiff {
 namespace {
@@ -105,7 +105,7 @@ void pack_keys(const uint8_t* keys, const Operand& key, int32_t query_zero_point
 }
 
 // Values [rows, size] as signed bytes, four rows side by side, and their mean over the rows.
-VNNI void pack_values(const uint8_t* values, const Operand& value, const Packed& packed) {
+KERNEL void pack_values(const uint8_t* values, const Operand& value, const Packed& packed) {
   const __m128i sign = _mm_set1_epi8(-128);
   const int64_t groups = filled_up(value.length, 4) / 4;
   int8_t* to = packed.values;
@@ -146,7 +146,7 @@ struct Scratch {
 };
 
 // scores [rows, keys] of the queries [rows, groups * 4], both filled up to whole blocks of rows.
-VNNI void score(const uint8_t* queries, int64_t count, int64_t groups, const Packed& packed, int64_t keys,
+KERNEL void score(const uint8_t* queries, int64_t count, int64_t groups, const Packed& packed, int64_t keys,
                 int32_t* scores) {
   for (int64_t first = 0; first < keys; first += kKeyLanes) {
     for (int row = 0; row < count; row += kScoreRows) {
@@ -172,7 +172,7 @@ struct Totals {
 // probabilities[s] = round(qmax * 2^(factor * (scores[s] - max))) of one row, zeros behind the last; their sums. Of two
 // planes the high bytes come first, the low ones `by_plane` behind them.
 template <int kPlanes>
-VNNI Totals exponentiate(const int32_t* scores, int64_t length, float factor, float qmax, uint8_t* probabilities,
+KERNEL Totals exponentiate(const int32_t* scores, int64_t length, float factor, float qmax, uint8_t* probabilities,
                          int64_t by_plane) {
   const int64_t whole = length / 16 * 16;
   const __mmask16 rest = first_lanes(length - whole);
@@ -216,7 +216,7 @@ struct Output {
 
 // 16 * kVectors outputs of a tile; the first of its first row is `element` of the result, `left` are there.
 template <int kVectors, int kPlanes>
-VNNI void average(const uint8_t* probabilities, int64_t by_row, const Totals* totals, int64_t groups,
+KERNEL void average(const uint8_t* probabilities, int64_t by_row, const Totals* totals, int64_t groups,
                   const int8_t* values, const float* mean, const Output& output, int64_t element, int64_t left) {
   constexpr int kRows = rows_of(kVectors);
   for (int row = 0; row < output.queries; row += kRows) {
