@@ -34,6 +34,10 @@ CHANNEL_GROUP = 4
 
 _LARGEST = 127
 """Of weight codes: the grid is symmetric, and sums on AVX2 are exact because of it."""
+_LARGEST_CODE, _MIDDLE = 255, 128
+"""Of input codes, and what is taken from them where weights are not small (x86_sources/avx2.hpp)."""
+_SPAN = 4
+"""Groups of channels, kSpan of the source."""
 
 _FOLDER = Path(__file__).with_name("x86_sources")
 _OPTIONS = (
@@ -56,7 +60,7 @@ class NativeKernels:
       registers: the header that the sources are compiled with.
       sources: in x86_sources/.
       output_block: outputs that a block of the packed weight has, kLanes of the source.
-      middle: what is taken from each code before it is multiplied.
+      saturates: whether products are added in 16 bits. Then channels are told apart by the size of their weights.
       otherwise: what users have without these kernels.
     """
 
@@ -65,7 +69,7 @@ class NativeKernels:
     registers: str
     sources: tuple[str, ...]
     output_block: int
-    middle: int
+    saturates: bool
     otherwise: str
 
     def operator(self, kind: str) -> Any:
@@ -102,8 +106,9 @@ class NativeKernels:
         """All that a layer keeps as bytes: int8 [N]; groups follow each other.
 
         Of each group codes [ceil(O / block), kernel elements, ceil(C / 4), block, 4], then what is added to the sums
-        (int32), the scale of weight and input together and the bias (float32); outputs and channels are filled up with
-        zeros to whole blocks and fours.
+        (int32), the scale of weight and input together and the bias (float32), and where products saturate, for every
+        16 channels whether their weights are small; outputs and channels are filled up with zeros to whole blocks and
+        fours.
 
         Args:
           weight: [O, C / groups, ...] int8, from -127 to 127.
@@ -114,22 +119,43 @@ class NativeKernels:
         """
         if weight.numel() and int(weight.min()) < -_LARGEST:
             raise QuantSpecError(f"weight codes down to {int(weight.min())}: want [-{_LARGEST}, {_LARGEST}]")
-        offset = (self.middle - x_zero_point) * weight.flatten(1).sum(1, dtype=torch.int32)
         added = torch.zeros_like(weight_scale) if bias is None else bias
-        tensors = (weight, offset, weight_scale * x_scale, added)
-        parts = [self._pack_group(*part) for part in zip(*(tensor.chunk(groups) for tensor in tensors), strict=True)]
-        return parts[0] if groups == 1 else torch.cat(parts)
+        tensors = (weight, weight_scale * x_scale, added)
+        split = zip(*(tensor.chunk(groups) for tensor in tensors), strict=True)
+        return torch.cat([self._pack_group(*part, x_zero_point) for part in split])
 
-    def _pack_group(self, weight: Tensor, offset: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    def _pack_group(self, weight: Tensor, scale: Tensor, bias: Tensor, x_zero_point: int) -> Tensor:
         outputs, channels = weight.shape[:2]
         kernel = weight[0, 0].numel()
         blocks, groups = -(-outputs // self.output_block), -(-channels // CHANNEL_GROUP)
         filled = weight.new_zeros(blocks * self.output_block, groups * CHANNEL_GROUP, kernel)
         filled[:outputs, :channels] = weight.reshape(outputs, channels, kernel)
         codes = filled.view(blocks, self.output_block, groups, CHANNEL_GROUP, kernel).permute(0, 4, 2, 1, 3)
-        rows = torch.stack([offset, scale.view(torch.int32), bias.view(torch.int32)])
-        rows = torch.nn.functional.pad(rows, (0, -outputs % self.output_block))
-        return torch.cat([codes.flatten(), rows.view(torch.int8).flatten()])
+        offset = -x_zero_point * filled.sum((1, 2), dtype=torch.int32)
+        spans = weight.new_zeros(0)
+        if self.saturates:
+            narrow = _narrow_spans(filled)
+            wide = ~narrow.repeat_interleave(_SPAN * CHANNEL_GROUP)[: filled.shape[1]]
+            offset += _MIDDLE * filled[:, wide].sum((1, 2), dtype=torch.int32)
+            spans = torch.nn.functional.pad(narrow.to(torch.int8), (0, -len(narrow) % 4))
+        rows = [torch.nn.functional.pad(row, (0, -outputs % self.output_block)) for row in (scale, bias)]
+        parts = (codes, offset.view(torch.int8), *(row.view(torch.int8) for row in rows), spans)
+        return torch.cat([part.flatten() for part in parts])
+
+
+def _narrow_spans(weight: Tensor) -> Tensor:
+    """For every 16 channels of [O, C, K] whether sums of their products by codes fit in 16 bits: bool [ceil(C / 16)].
+
+    Pairs of neighbouring channels meet in one number, and those of the span's four groups are added to it.
+    """
+    outputs, channels, kernel = weight.shape
+    pairs = weight.abs().view(outputs, channels // CHANNEL_GROUP, 2, 2, kernel).sum(3, dtype=torch.int32)
+    pairs = torch.nn.functional.pad(pairs, (0, 0, 0, 0, 0, -pairs.shape[1] % _SPAN))
+    sizes = pairs.view(outputs, -1, _SPAN, 2, kernel).sum(2).amax((0, 2, 3))
+    narrow = sizes * _LARGEST_CODE <= torch.iinfo(torch.int16).max
+    if channels % (_SPAN * CHANNEL_GROUP):
+        narrow[-1] = False  # the kernel takes whole spans only
+    return narrow
 
 
 VNNI = NativeKernels(
@@ -138,7 +164,7 @@ VNNI = NativeKernels(
     registers="avx512_vnni.hpp",
     sources=("layers.cpp", "attention.cpp"),
     output_block=32,
-    middle=0,
+    saturates=False,
     otherwise="layers run on oneDNN's, which take longer where layers are small, and attention in floating point, up "
     "to three times as long",
 )
@@ -148,7 +174,7 @@ AVX2 = NativeKernels(
     registers="avx2.hpp",
     sources=("layers.cpp",),
     output_block=16,
-    middle=128,
+    saturates=True,
     otherwise="there are no others that are right on this CPU",
 )
 

@@ -37,7 +37,12 @@ def chosen() -> NativeKernels:
 
 
 def weights(*shape: int) -> Tensor:
-    return torch.randint(-127, 128, shape, dtype=torch.int8)
+    """Some channels small as those of 4 bits, some with their shifts, some of all 8 bits, in runs of eight."""
+    largest = torch.tensor([7, 15, 15, 120, 127])[torch.randint(5, (-(-shape[1] // 8),))].repeat_interleave(8)[
+        : shape[1]
+    ]
+    values = torch.randint(-127, 128, shape).float() / 127 * largest.view(-1, *[1] * (len(shape) - 2))
+    return values.round().to(torch.int8)
 
 
 @pytest.mark.usefixtures("kernels")

@@ -38,7 +38,7 @@ def test_a_good_run_needs_no_advice() -> None:
             "--timesteps",
         ),
         ({"calibration": {"rows": 10, "timesteps": [0, 500]}}, "note", "10 calibration inputs", "--samples 20"),
-        ({"backend": "reference"}, "note", "exact and slow", "VNNI"),
+        ({"backend": "reference"}, "note", "exact and slow", "AVX2"),
         (
             {"layers": [{"name": f"n{i}", "fallback": "no kernel"} for i in range(5)]},
             "note",

@@ -77,11 +77,14 @@ KERNEL_INLINE void start(Sums<rows, vectors>& sums, const int32_t* from) {
   }
 }
 
+// Bytes that a layer has behind its bias: none, 32 bits hold every sum.
+inline int64_t span_bytes(int64_t) { return 0; }
+
 // Adds `groups` products of four: unsigned bytes `x` of each row by signed `codes` [groups, 16 * vectors, 4]. Returns the
 // codes' end.
 template <int rows, int vectors>
 KERNEL_INLINE const int8_t* add(Sums<rows, vectors>& sums, const uint8_t* const* x, int64_t groups,
-                                const int8_t* codes) {
+                                const int8_t* codes, const uint8_t* = nullptr) {
   for (int64_t g = 0; g < groups; ++g, codes += 64 * vectors) {
     __m512i lanes[vectors];
 #pragma GCC unroll 4

@@ -9,7 +9,7 @@
 // with the zero point around them, into memory that each calling thread keeps. Linears are 1x1 convolutions of one row
 // of pixels. All that a layer keeps is one tensor of bytes, since small layers take no longer than their call: for each
 // group codes [blocks, taps, channels / 4, kLanes, 4], outputs and channels filled up with zeros, and behind them
-// offset (int32), scale and bias (float32), filled up likewise.
+// offset (int32), scale and bias (float32), filled up likewise, then what the registers' sums want to know of channels.
 
 #include <array>
 #include <vector>
@@ -51,6 +51,7 @@ struct Weight {
   const int32_t* offset;
   const float* scale;
   const float* bias;
+  const uint8_t* spans; // as span_bytes says
   int64_t outputs;
 };
 
@@ -66,7 +67,7 @@ KERNEL void block(const Source& source, const Weight& weight, const Target& targ
     const uint8_t* row[kBlock];
 #pragma GCC unroll 12
     for (int r = 0; r < kBlock; ++r) row[r] = rows[r] + tap;
-    codes = add<kBlock, kBlockVectors>(sums, row, groups, codes);
+    codes = add<kBlock, kBlockVectors>(sums, row, groups, codes, weight.spans);
   }
 #pragma GCC unroll 2
   for (int v = 0; v < kBlockVectors; ++v) {
@@ -159,15 +160,17 @@ Weight weight_of(const int8_t* bytes, int64_t depth, int64_t outputs) {
   const int64_t filled = filled_up(outputs, kLanes);
   const auto* offset = reinterpret_cast<const int32_t*>(bytes + filled * depth);
   const auto* scale = reinterpret_cast<const float*>(offset + filled);
-  return {bytes, offset, scale, scale + filled, outputs};
+  const float* bias = scale + filled;
+  return {bytes, offset, scale, bias, reinterpret_cast<const uint8_t*>(bias + filled), outputs};
 }
 
 // `y` is dense, channels last. Groups follow each other in it and in `packed`, and run one by one.
 void convolve(const Input& x, const Window& window, uint8_t zero_point, int64_t groups, int64_t out_height,
               int64_t out_width, const Tensor& packed, int64_t outputs, const Tensor& y) {
   thread_local std::vector<uint8_t> copy;
-  const int64_t own = outputs / groups, depth = window.kernel_y * window.kernel_x * filled_up(x.channels / groups, 4);
-  const int64_t bytes = filled_up(own, kLanes) * (depth + 12);
+  const int64_t own = outputs / groups, channels = filled_up(x.channels / groups, 4);
+  const int64_t depth = window.kernel_y * window.kernel_x * channels;
+  const int64_t bytes = filled_up(own, kLanes) * (depth + 12) + span_bytes(channels / 4);
   STD_TORCH_CHECK(
       packed.scalar_type() == ScalarType::Char && packed.numel() == groups * bytes && packed.is_contiguous(),
       "weight: want ", groups * bytes, " packed bytes");
