@@ -108,39 +108,42 @@ def measure_conv(
     x = torch.randint(0, 256, shape, dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
     weight = torch.randint(-127, 128, (outputs, channels, kernel, kernel), dtype=torch.int8)
     geometry = ([stride, stride], [padding, padding], [1, 1], 1)
-    operands = (weight, torch.rand(outputs), torch.rand(outputs), 0.1, 7, geometry, shape, FLOATING)
+    others = (torch.rand(outputs), torch.rand(outputs), 0.1, 7, geometry, shape, FLOATING)
     name = f"conv {kernel}x{kernel}, {channels} to {outputs}, {side}x{side}" + (", stride 2" if stride == 2 else "")
     image, filters = (item.to(FLOATING, memory_format=torch.channels_last) for item in (x, weight))
     carrier = partial(torch.nn.functional.conv2d, image, filters, stride=stride, padding=padding)
-    return measure(kernels, name, x, partial(conv2d_call, *operands), carrier, channels * kernel * kernel)
+    return measure(kernels, name, x, weight, lambda weight: conv2d_call(weight, *others), carrier)
 
 
 def measure_linear(kernels: NativeKernels, rows: int, features: int, outputs: int) -> dict[str, Any]:
     x = torch.randint(0, 256, (rows, features), dtype=torch.uint8)
     weight = torch.randint(-127, 128, (outputs, features), dtype=torch.int8)
-    operands = (weight, torch.rand(outputs), torch.rand(outputs), 0.1, 7, FLOATING)
+    others = (torch.rand(outputs), torch.rand(outputs), 0.1, 7, FLOATING)
     carrier = partial(torch.nn.functional.linear, *(item.to(FLOATING) for item in (x, weight)))
     name = f"linear, {rows} rows, {features} to {outputs}"
-    return measure(kernels, name, x, partial(linear_call, *operands), carrier, features)
+    return measure(kernels, name, x, weight, lambda weight: linear_call(weight, *others), carrier)
 
 
 def measure(
     kernels: NativeKernels,
     name: str,
     x: torch.Tensor,
-    make: Callable[[], KernelCall],
+    weight: torch.Tensor,
+    make: Callable[[torch.Tensor], KernelCall],
     carrier: Callable[[], torch.Tensor],
-    depth: int,
 ) -> dict[str, Any]:
-    calls: list[KernelCall] = []
-    for chosen in (None, kernels):
+    """Of `weight` [O, ...] int8 from -127 to 127 and, where 4 bits take another time, of an eighth of each."""
+    arms = {"onednn_us": (None, weight), "ours_us": (kernels, weight)}
+    if kernels.saturates:
+        arms["ours_w4_us"] = (kernels, weight // 8)
+    runs = [carrier]
+    for chosen, integers in arms.values():
         with patch.object(x86, "native_kernels", lambda chosen=chosen: chosen):
-            calls.append(make())
+            runs.append(partial(make(integers), x))
     with torch.inference_mode():
-        runs = [carrier, lambda: calls[0](x), lambda: calls[1](x)]
-        floating, onednn, ours = interleaved(runs, processor_seconds, warm_up=5, least=15, budget=0.75)
-        operations = 2 * calls[1](x).numel() * depth
-    times = {"floating_us": 1e6 * floating, "onednn_us": 1e6 * onednn, "ours_us": 1e6 * ours}
+        seconds = interleaved(runs, processor_seconds, warm_up=5, least=15, budget=0.75)
+        operations = 2 * runs[1]().numel() * weight[0].numel()
+    times = {label: 1e6 * time for label, time in zip(("floating_us", *arms), seconds, strict=True)}
     return {"layer": name, **times, "operations": operations}
 
 
@@ -172,27 +175,17 @@ def measure_attention(heads: int, queries: int, keys: int, size: int) -> dict[st
 def table(results: Mapping[str, Any]) -> str:
     machine, floating = results["machine"], results["floating"]
     onednn = "oneDNN" if results["onednn_exact"] else "oneDNN (wrong)"
-    header = (
-        "layer",
-        f"{floating}, us",
-        f"{onednn}, us",
-        "ours, us",
-        f"{floating} takes",
-        "oneDNN takes",
-        "ours, GOPS",
-    )
-    cells = [
-        [
-            row["layer"],
-            f"{row['floating_us']:.0f}",
-            f"{row['onednn_us']:.0f}",
-            f"{row['ours_us']:.0f}",
-            f"{row['floating_us'] / row['ours_us']:.2f}x",
-            f"{row['onednn_us'] / row['ours_us']:.2f}x",
-            f"{row['operations'] / row['ours_us'] / 1e3:.0f}",
-        ]
-        for row in results["rows"]
-    ]
+    ours = {"ours_us": "ours", "ours_w4_us": "ours, 4-bit weights"}
+    ours = {key: label for key, label in ours.items() if key in results["rows"][0]}
+    times = {"floating_us": floating, "onednn_us": onednn} | ours
+    header = ["layer", *(f"{label}, us" for label in times.values())]
+    for label in ours.values():
+        header += [f"{floating} over {label}", f"{label}, GOPS"]
+    cells = []
+    for row in results["rows"]:
+        cells.append([row["layer"], *(f"{row[key]:.0f}" for key in times)])
+        for key in ours:
+            cells[-1] += [f"{row['floating_us'] / row[key]:.2f}x", f"{row['operations'] / row[key] / 1e3:.0f}"]
     wrong = "" if results["onednn_exact"] else " oneDNN's sums saturate on this CPU: its time is that of wrong results."
     return (
         f"# Integer layers on x86: our kernels for {KERNELS[results['kernels']].needs}, oneDNN's and torch's\n\n"

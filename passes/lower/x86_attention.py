@@ -57,7 +57,7 @@ def _reason(match: fx.Node) -> str | None:
     if not scales:
         return "its operands are not quantized"
     kernels = native_kernels()
-    if kernels is None or not kernels.has_attention:
+    if kernels is None or "attention" not in kernels.operators:
         return "no int8 attention kernel runs here"
     if not 0 <= score_scale(match) <= _MOST_SCALE:
         return "the int8 kernel wants a positive scale of the scores"

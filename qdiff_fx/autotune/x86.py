@@ -35,11 +35,17 @@ def subjects(graph_module: fx.GraphModule) -> Iterator[Subject]:
 
 
 def _subject(unit: list[IntegerLayer]) -> Subject:
-    size = layer_size(unit)
-    nodes = tuple(layer.node for layer in unit)
     kernels = native_kernels()
+    small = kernels is not None and kernels.saturates and all(_has_small_weights(layer) for layer in unit)
+    size = layer_size(unit, weights="int4" if small else "")
+    nodes = tuple(layer.node for layer in unit)
     key = size.key if kernels is None else f"{kernels.name} {size.key}"  # other kernels take another time
     return Subject(nodes=nodes, key=key, dtype=size.dtype, measure=lambda: measure(size))
+
+
+def _has_small_weights(layer: IntegerLayer) -> bool:
+    """As kernels whose products saturate are faster with: 4 bits, without shifts."""
+    return layer.weight_zero_point is not None and layer.channel_shift is None
 
 
 def measure(size: LayerSize) -> LayerTiming:
@@ -56,7 +62,7 @@ def _conv2d_runs(size: LayerSize) -> tuple[Callable[[], Any], Callable[[], Any]]
     (shape,) = size.weight_shapes
     x, codes = (value.contiguous(**layout) for value in _inputs(size))
     weight, bias = torch.randn(shape).to(size.dtype).contiguous(**layout), torch.zeros(shape[0])
-    scale, integers = torch.ones(shape[0]), torch.randint(-127, 128, shape, dtype=torch.int8)
+    scale, integers = torch.ones(shape[0]), _integers(size, shape)
     call = conv2d_call(integers, scale, bias, 1.0, 0, size.geometry, list(size.x_shape), size.dtype)
     narrow = bias.to(size.dtype)
     geometry = size.geometry
@@ -74,7 +80,7 @@ def _linear_runs(size: LayerSize) -> tuple[Callable[[], Any], Callable[[], Any]]
     weights = [torch.randn(shape).to(size.dtype) for shape in size.weight_shapes]
     biases = [torch.zeros(shape[0], dtype=size.dtype) for shape in size.weight_shapes]
     outputs = sum(shape[0] for shape in size.weight_shapes)
-    integers = torch.randint(-127, 128, (outputs, size.x_shape[-1]), dtype=torch.int8)
+    integers = _integers(size, (outputs, size.x_shape[-1]))
     call = linear_call(integers, torch.ones(outputs), torch.zeros(outputs), 1.0, 0, size.dtype)
 
     def integer() -> None:
@@ -87,6 +93,11 @@ def _linear_runs(size: LayerSize) -> tuple[Callable[[], Any], Callable[[], Any]]
             aten.linear.default(x, weight, narrow)
 
     return integer, carrier
+
+
+def _integers(size: LayerSize, shape: tuple[int, ...]) -> Tensor:
+    largest = 15 if size.weights == "int4" else 127
+    return torch.randint(-largest, largest + 1, shape, dtype=torch.int8)
 
 
 def _inputs(size: LayerSize) -> tuple[Tensor, Tensor]:

@@ -121,8 +121,8 @@ def _unavailable(device: str) -> str | None:
     if not known_answers_hold():
         return (
             "oneDNN's int8 kernels saturate on this CPU (no VNNI, or ONEDNN_MAX_CPU_ISA is set below it), so results "
-            "would be wrong, and qdiff_fx's own want AVX2, Linux and a C++ compiler; use backend='reference', or the "
-            "original model in bf16"
+            "would be wrong; qdiff_fx's own are for Linux, a C++ compiler and AVX2 without AMX or AVX-VNNI; use "
+            "backend='reference', or the original model in bf16 or float32"
         )
     return None
 

@@ -29,15 +29,12 @@ from qdiff_fx.kernels.empty_image import empty_image
 from qdiff_fx.kernels.machine import instruction_sets
 from qdiff_fx.safe_io import replacing
 
-CHANNEL_GROUP = 4
-"""Input channels whose products are added together."""
-
 _LARGEST = 127
 """Of weight codes: the grid is symmetric, and sums on AVX2 are exact because of it."""
 _LARGEST_CODE, _MIDDLE = 255, 128
 """Of input codes, and what is taken from them where weights are not small (x86_sources/avx2.hpp)."""
-_SPAN = 4
-"""Groups of channels, kSpan of the source."""
+_CHANNEL_GROUP, _SPAN = 4, 4
+"""Input channels of one instruction; such groups whose products are added in 16 bits, kSpan of the source."""
 
 _FOLDER = Path(__file__).with_name("x86_sources")
 _OPTIONS = (
@@ -46,6 +43,7 @@ _OPTIONS = (
     "-std=c++20",
     "-shared",
     "-fPIC",
+    "-fvisibility=hidden",  # names mean other things in the library of another instruction set
     "-DTORCH_TARGET_VERSION=0x020b000000000000",  # the stable interface of torch 2.11, the oldest that we run on
 )
 
@@ -58,7 +56,7 @@ class NativeKernels:
       name: what their names begin with.
       needs: the instruction set, as instruction_sets() calls it.
       registers: the header that the sources are compiled with.
-      sources: in x86_sources/.
+      operators: kinds that there are, "conv2d", "linear" and "attention"; the latter in a source of its own.
       output_block: outputs that a block of the packed weight has, kLanes of the source.
       saturates: whether products are added in 16 bits. Then channels are told apart by the size of their weights.
       otherwise: what users have without these kernels.
@@ -67,25 +65,22 @@ class NativeKernels:
     name: str
     needs: str
     registers: str
-    sources: tuple[str, ...]
+    operators: tuple[str, ...]
     output_block: int
     saturates: bool
     otherwise: str
 
     def operator(self, kind: str) -> Any:
-        """The overload of "conv2d", "linear" or "attention"; load_kernels() registers it."""
+        """The overload of one of `operators`; load_kernels() registers it."""
         return getattr(torch.ops.qdiff, f"{self.name}_{kind}").default
-
-    @property
-    def has_attention(self) -> bool:
-        return "attention.cpp" in self.sources
 
     def library(self) -> Path:
         """The compiled operators. Raises OSError without a compiler, CalledProcessError if it refuses, DiskError."""
         root = Path(torch.__file__).parent
         command = [*find_compiler(), *_OPTIONS, f'-DQDIFF_NAME="{self.name}"', f'-DQDIFF_REGISTERS="{self.registers}"']
         command += [f"-I{root / 'include'}", f"-L{root / 'lib'}"]
-        command += [*(str(_FOLDER / source) for source in self.sources), "-ltorch_cpu"]
+        sources = dict.fromkeys("attention.cpp" if kind == "attention" else "layers.cpp" for kind in self.operators)
+        command += [*(str(_FOLDER / source) for source in sources), "-ltorch_cpu"]
         key = "\0".join([*command, str(torch.__version__), kernel_digest()]).encode()
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qdiff_fx"
         path = folder / f"x86_{self.name}-{hashlib.sha256(key).hexdigest()[:16]}.so"
@@ -115,27 +110,27 @@ class NativeKernels:
           weight_scale, bias: [O] float32.
           x_scale, x_zero_point: of the codes.
 
-        Raises: QuantSpecError for a weight of -128.
+        Raises: QuantSpecError for a weight of -128 where products saturate.
         """
-        if weight.numel() and int(weight.min()) < -_LARGEST:
+        if self.saturates and weight.numel() and int(weight.min()) < -_LARGEST:
             raise QuantSpecError(f"weight codes down to {int(weight.min())}: want [-{_LARGEST}, {_LARGEST}]")
         added = torch.zeros_like(weight_scale) if bias is None else bias
-        tensors = (weight, weight_scale * x_scale, added)
-        split = zip(*(tensor.chunk(groups) for tensor in tensors), strict=True)
-        return torch.cat([self._pack_group(*part, x_zero_point) for part in split])
+        split = (tensor.chunk(groups) for tensor in (weight, weight_scale * x_scale, added))
+        parts = [self._pack_group(*tensors, x_zero_point=x_zero_point) for tensors in zip(*split, strict=True)]
+        return parts[0] if groups == 1 else torch.cat(parts)
 
-    def _pack_group(self, weight: Tensor, scale: Tensor, bias: Tensor, x_zero_point: int) -> Tensor:
+    def _pack_group(self, weight: Tensor, scale: Tensor, bias: Tensor, *, x_zero_point: int) -> Tensor:
         outputs, channels = weight.shape[:2]
         kernel = weight[0, 0].numel()
-        blocks, groups = -(-outputs // self.output_block), -(-channels // CHANNEL_GROUP)
-        filled = weight.new_zeros(blocks * self.output_block, groups * CHANNEL_GROUP, kernel)
+        blocks, groups = -(-outputs // self.output_block), -(-channels // _CHANNEL_GROUP)
+        filled = weight.new_zeros(blocks * self.output_block, groups * _CHANNEL_GROUP, kernel)
         filled[:outputs, :channels] = weight.reshape(outputs, channels, kernel)
-        codes = filled.view(blocks, self.output_block, groups, CHANNEL_GROUP, kernel).permute(0, 4, 2, 1, 3)
+        codes = filled.view(blocks, self.output_block, groups, _CHANNEL_GROUP, kernel).permute(0, 4, 2, 1, 3)
         offset = -x_zero_point * filled.sum((1, 2), dtype=torch.int32)
         spans = weight.new_zeros(0)
         if self.saturates:
             narrow = _narrow_spans(filled)
-            wide = ~narrow.repeat_interleave(_SPAN * CHANNEL_GROUP)[: filled.shape[1]]
+            wide = ~narrow.repeat_interleave(_SPAN * _CHANNEL_GROUP)[: filled.shape[1]]
             offset += _MIDDLE * filled[:, wide].sum((1, 2), dtype=torch.int32)
             spans = torch.nn.functional.pad(narrow.to(torch.int8), (0, -len(narrow) % 4))
         rows = [torch.nn.functional.pad(row, (0, -outputs % self.output_block)) for row in (scale, bias)]
@@ -149,11 +144,11 @@ def _narrow_spans(weight: Tensor) -> Tensor:
     Pairs of neighbouring channels meet in one number, and those of the span's four groups are added to it.
     """
     outputs, channels, kernel = weight.shape
-    pairs = weight.abs().view(outputs, channels // CHANNEL_GROUP, 2, 2, kernel).sum(3, dtype=torch.int32)
+    pairs = weight.abs().view(outputs, channels // _CHANNEL_GROUP, 2, 2, kernel).sum(3, dtype=torch.int32)
     pairs = torch.nn.functional.pad(pairs, (0, 0, 0, 0, 0, -pairs.shape[1] % _SPAN))
     sizes = pairs.view(outputs, -1, _SPAN, 2, kernel).sum(2).amax((0, 2, 3))
     narrow = sizes * _LARGEST_CODE <= torch.iinfo(torch.int16).max
-    if channels % (_SPAN * CHANNEL_GROUP):
+    if channels % (_SPAN * _CHANNEL_GROUP):
         narrow[-1] = False  # the kernel takes whole spans only
     return narrow
 
@@ -162,7 +157,7 @@ VNNI = NativeKernels(
     name="vnni",
     needs="avx512_vnni",
     registers="avx512_vnni.hpp",
-    sources=("layers.cpp", "attention.cpp"),
+    operators=("conv2d", "linear", "attention"),
     output_block=32,
     saturates=False,
     otherwise="layers run on oneDNN's, which take longer where layers are small, and attention in floating point, up "
@@ -172,7 +167,7 @@ AVX2 = NativeKernels(
     name="avx2",
     needs="avx2",
     registers="avx2.hpp",
-    sources=("layers.cpp",),
+    operators=("conv2d", "linear"),
     output_block=16,
     saturates=True,
     otherwise="there are no others that are right on this CPU",
@@ -208,9 +203,8 @@ def load_kernels(kernels: NativeKernels) -> bool:
             stacklevel=2,
         )
         return False
-    for kind, fake in _FAKES.items():
-        if kind != "attention" or kernels.has_attention:
-            torch.library.register_fake(f"qdiff::{kernels.name}_{kind}", fake)
+    for kind in kernels.operators:
+        torch.library.register_fake(f"qdiff::{kernels.name}_{kind}", _FAKES[kind])
     return True
 
 

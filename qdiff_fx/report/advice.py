@@ -92,7 +92,7 @@ def _kernels(run: Mapping[str, Any]) -> Iterator[Advice]:
         yield Advice(
             level="note",
             text="The integer model ran on the reference backend, which is exact and slow.",
-            remedy="use a processor with AVX2 (backend x86) or an NVIDIA GPU (backend cuda) for speed",
+            remedy="AVX2 and a C++ compiler (backend x86) or an NVIDIA GPU (backend cuda) bring speed",
         )
 
 

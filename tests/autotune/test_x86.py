@@ -20,6 +20,7 @@ from qdiff_fx.checkpoint.timings import TIMINGS_FILE
 from qdiff_fx.errors import CheckpointError, DiskError, InputError
 from qdiff_fx.graph.meta import LayerTiming
 from qdiff_fx.kernels import BACKENDS
+from qdiff_fx.kernels.x86_native import AVX2, VNNI
 from subjects import sketch_inputs
 
 _REASON = BACKENDS["x86"].unavailable("cpu")
@@ -48,6 +49,16 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 def prepared(sketch: nn.Module, preparer: Any) -> qdiff_fx.PreparedUNet:
     result: qdiff_fx.PreparedUNet = preparer.fitted(sketch)
     return result
+
+
+def test_layers_of_4_bits_are_timed_apart_where_products_saturate(
+    sketch: nn.Module, preparer: Any, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for kernels, wanted in ((AVX2, True), (VNNI, False)):
+        clock.keys.clear()
+        monkeypatch.setattr(x86, "native_kernels", lambda kernels=kernels: kernels)
+        qdiff_fx.convert(preparer.fitted(sketch, "w4a8"), backend="x86", autotune=True)
+        assert any("int4" in key for key in clock.keys) is wanted
 
 
 def test_the_faster_kernel_is_taken_and_reported(prepared: qdiff_fx.PreparedUNet, clock: Clock) -> None:

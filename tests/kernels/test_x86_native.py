@@ -198,16 +198,32 @@ def test_largest_codes_and_weights_do_not_saturate(kernels: NativeKernels) -> No
     assert torch.equal(call(x).double(), (x.double() - 128) @ weight.double().T)
 
 
-def test_weights_that_no_grid_has_are_refused(kernels: NativeKernels) -> None:
+@pytest.mark.parametrize(("largest", "narrow"), [(16, True), (17, False)])
+def test_channels_of_small_weights_are_told_from_others(largest: int, narrow: bool) -> None:
+    """Eight weights that add up to 128 fit in 16 bits with codes of 255, to 129 they do not."""
+    weight = torch.full((16, 32), 16, dtype=torch.int8)
+    weight[3, 17] = largest
+    packed = AVX2.pack(weight, torch.ones(16), None, 1.0, 0)
+    assert packed[-4:].tolist() == [1, int(narrow), 0, 0]  # padded to four bytes
+    if load_kernels(AVX2):
+        x = torch.full((2, 32), 255, dtype=torch.uint8)
+        result = AVX2.operator("linear")(x, packed, 16, torch.float32)
+        assert torch.equal(result.double(), x.double() @ weight.double().T)
+
+
+def test_weights_that_no_grid_has_are_refused_where_they_would_be_wrong() -> None:
+    weight = torch.full((4, 4), -128, dtype=torch.int8)
     with pytest.raises(QuantSpecError, match="-127"):
-        kernels.pack(torch.full((4, 4), -128, dtype=torch.int8), torch.ones(4), None, 1.0, 0)
+        AVX2.pack(weight, torch.ones(4), None, 1.0, 0)
+    VNNI.pack(weight, torch.ones(4), None, 1.0, 0)
 
 
 @pytest.mark.parametrize(
     ("present", "wanted"),
     [
         (["avx2", "avx512_vnni"], VNNI),
-        (["avx2", "avx512_vnni", "amx_int8"], None),
+        (["avx2", "avx512_vnni", "avx_vnni"], VNNI),
+        (["avx2", "avx512_vnni", "avx_vnni", "amx_int8"], None),
         (["avx2"], AVX2),
         (["avx2", "avx_vnni"], None),
         ([], None),
@@ -243,7 +259,10 @@ def test_without_a_library_a_warning_says_why(fault: str, tmp_path: Path, monkey
     assert not list(tmp_path.glob("qdiff_fx/*"))
 
 
-def test_the_library_is_compiled_once(kernels: NativeKernels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kernels", [VNNI, AVX2], ids=lambda kernels: kernels.name)
+def test_the_library_is_compiled_once_on_every_cpu(
+    kernels: NativeKernels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     first = kernels.library()
     written = first.stat().st_mtime_ns

@@ -147,7 +147,7 @@ struct Scratch {
 
 // scores [rows, keys] of the queries [rows, groups * 4], both filled up to whole blocks of rows.
 KERNEL void score(const uint8_t* queries, int64_t count, int64_t groups, const Packed& packed, int64_t keys,
-                int32_t* scores) {
+                  int32_t* scores) {
   for (int64_t first = 0; first < keys; first += kKeyLanes) {
     for (int row = 0; row < count; row += kScoreRows) {
       const uint8_t* rows[kScoreRows];
@@ -173,7 +173,7 @@ struct Totals {
 // planes the high bytes come first, the low ones `by_plane` behind them.
 template <int kPlanes>
 KERNEL Totals exponentiate(const int32_t* scores, int64_t length, float factor, float qmax, uint8_t* probabilities,
-                         int64_t by_plane) {
+                           int64_t by_plane) {
   const int64_t whole = length / 16 * 16;
   const __mmask16 rest = first_lanes(length - whole);
   __m512i largest = _mm512_set1_epi32(std::numeric_limits<int32_t>::min());
@@ -217,7 +217,7 @@ struct Output {
 // 16 * kVectors outputs of a tile; the first of its first row is `element` of the result, `left` are there.
 template <int kVectors, int kPlanes>
 KERNEL void average(const uint8_t* probabilities, int64_t by_row, const Totals* totals, int64_t groups,
-                  const int8_t* values, const float* mean, const Output& output, int64_t element, int64_t left) {
+                    const int8_t* values, const float* mean, const Output& output, int64_t element, int64_t left) {
   constexpr int kRows = rows_of(kVectors);
   for (int row = 0; row < output.queries; row += kRows) {
     Sums<kRows, kVectors> planes[kPlanes];

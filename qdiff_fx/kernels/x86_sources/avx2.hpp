@@ -1,10 +1,11 @@
 // Registers of AVX2, which adds products of bytes in 16 bits and saturates: sums that stay exact all the same.
 //
 // Where the weights of a span of channels are small, as those of 4 bits are, 16 bits hold the sum of its products: the
-// sizes of the eight weights that meet in one of them add up to at most 128, and 255 * 128 = 32,640. Elsewhere codes are
-// read as x - 128, between -128 and 127, weights lie between -127 and 127, and a pair of products |x - 128| * (weight with
-// the sign of x - 128) is at most 2 * 128 * 127 = 32,512. What that takes from a sum, 128 times the sum of these weights,
-// is in the layer's offsets. Which spans are narrow stands behind the bias (NativeKernels.pack in x86_native.py).
+// sizes of the eight weights that meet in one of them add up to at most 128, and 255 * 128 = 32,640. Elsewhere codes
+// are read as x - 128, between -128 and 127, weights lie between -127 and 127, and a pair of products |x - 128| *
+// (weight with the sign of x - 128) is at most 2 * 128 * 127 = 32,512. What that takes from a sum, 128 times the sum of
+// these weights, is in the layer's offsets. Which spans are narrow stands behind the bias (NativeKernels.pack in
+// x86_native.py).
 
 #pragma once
 
@@ -100,7 +101,8 @@ KERNEL_INLINE void add_narrow(Sums<rows, vectors>& sums, const uint8_t* const* x
       for (int r = 0; r < rows; ++r) {
         // Loaded anew for each vector and added at once: gcc 12 would keep codes and products of a span, in memory.
         __m256i copies;
-        asm volatile("vpbroadcastd %1, %0" : "=x"(copies) : "m"(*reinterpret_cast<const Four*>(x[r] + 4 * (first + g))));
+        const auto* four = reinterpret_cast<const Four*>(x[r] + 4 * (first + g));
+        asm volatile("vpbroadcastd %1, %0" : "=x"(copies) : "m"(*four));
         const __m256i products = _mm256_maddubs_epi16(copies, lanes);
         pairs[r] = g == 0 ? products : _mm256_add_epi16(pairs[r], products);
         asm volatile("" : "+x"(pairs[r]));
@@ -120,7 +122,8 @@ KERNEL_INLINE void add_wide(Sums<rows, vectors>& sums, const uint8_t* const* x, 
   for (int v = 0; v < vectors; ++v) lanes[v] = load_codes(codes + 32 * v);
 #pragma GCC unroll 8
   for (int r = 0; r < rows; ++r) {
-    const __m256i signed_x = _mm256_xor_si256(_mm256_set1_epi32(*reinterpret_cast<const Four*>(x[r] + 4 * group)), middle), size = _mm256_abs_epi8(signed_x);
+    const __m256i copies = _mm256_set1_epi32(*reinterpret_cast<const Four*>(x[r] + 4 * group));
+    const __m256i signed_x = _mm256_xor_si256(copies, middle), size = _mm256_abs_epi8(signed_x);
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; ++v) {
       const __m256i pairs = _mm256_maddubs_epi16(size, _mm256_sign_epi8(lanes[v], signed_x));
@@ -129,8 +132,8 @@ KERNEL_INLINE void add_wide(Sums<rows, vectors>& sums, const uint8_t* const* x, 
   }
 }
 
-// Adds `groups` products of four: bytes `x` of each row, less 128 where a span is not `narrow`, by signed `codes` [groups,
-// 8 * vectors, 4]. Returns the codes' end.
+// Adds `groups` products of four: bytes `x` of each row, less 128 where a span is not `narrow`, by signed `codes`
+// [groups, 8 * vectors, 4]. Returns the codes' end.
 template <int rows, int vectors>
 KERNEL_INLINE const int8_t* add(Sums<rows, vectors>& sums, const uint8_t* const* x, int64_t groups, const int8_t* codes,
                                 const uint8_t* narrow) {

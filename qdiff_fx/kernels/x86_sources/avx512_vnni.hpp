@@ -21,7 +21,7 @@ constexpr int kFewRows = 4;  // of a layer that has no more pixels
 inline bool has_bfloat16 = __builtin_cpu_supports("avx512bf16");
 
 // The tests try the other way as well.
-extern "C" [[gnu::used]] inline void qdiff_use_bfloat16_instruction(bool used) {
+extern "C" [[gnu::used, gnu::visibility("default")]] inline void qdiff_use_bfloat16_instruction(bool used) {
   has_bfloat16 = used && __builtin_cpu_supports("avx512bf16");
 }
 
@@ -46,7 +46,7 @@ struct Target {
   int64_t row; // elements from one row of results to the next
   bool bfloat16;
 
-  [[gnu::always_inline]] KERNEL void store(int64_t element, __mmask16 kept, __m512 value) const {
+  [[gnu::always_inline]] KERNEL void store(int64_t element, Kept kept, __m512 value) const {
     if (bfloat16) {
       _mm256_mask_storeu_epi16(data + 2 * element, kept, round_to_bfloat16(value));
     } else {
@@ -80,8 +80,8 @@ KERNEL_INLINE void start(Sums<rows, vectors>& sums, const int32_t* from) {
 // Bytes that a layer has behind its bias: none, 32 bits hold every sum.
 inline int64_t span_bytes(int64_t) { return 0; }
 
-// Adds `groups` products of four: unsigned bytes `x` of each row by signed `codes` [groups, 16 * vectors, 4]. Returns the
-// codes' end.
+// Adds `groups` products of four: unsigned bytes `x` of each row by signed `codes` [groups, 16 * vectors, 4]. Returns
+// the codes' end.
 template <int rows, int vectors>
 KERNEL_INLINE const int8_t* add(Sums<rows, vectors>& sums, const uint8_t* const* x, int64_t groups,
                                 const int8_t* codes, const uint8_t* = nullptr) {

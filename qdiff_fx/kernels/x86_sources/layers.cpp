@@ -2,14 +2,15 @@
 //
 //   y[p, o] = float(offset[o] + sum over taps t and channels c of x[p + t, c] * w[o, t, c]) * scale[o] + bias[o]
 //
-// offset[o] = -zero_point * sum of w[o], so that the sums are exact before they are scaled. Compiled once for each
-// instruction set: QDIFF_REGISTERS is the header of its registers, QDIFF_NAME what its operators' names begin with. A block of some
-// pixels by kLanes outputs stays in registers over all taps and channels; inputs are pixels of contiguous channels (NHWC), read
-// where they lie. Inputs with a border, of other strides, or of channels that four does not divide are copied once,
-// with the zero point around them, into memory that each calling thread keeps. Linears are 1x1 convolutions of one row
-// of pixels. All that a layer keeps is one tensor of bytes, since small layers take no longer than their call: for each
-// group codes [blocks, taps, channels / 4, kLanes, 4], outputs and channels filled up with zeros, and behind them
-// offset (int32), scale and bias (float32), filled up likewise, then what the registers' sums want to know of channels.
+// offset[o] = -zero_point * sum of w[o], and what the registers' sums are short of, so that they are exact before they
+// are scaled. Compiled once for each instruction set: QDIFF_REGISTERS is the header of its registers, QDIFF_NAME what
+// its operators' names begin with. A block of some pixels by kLanes outputs stays in registers over all taps and
+// channels; inputs are pixels of contiguous channels (NHWC), read where they lie. Inputs with a border, of other
+// strides, or of channels that four does not divide are copied once, with the zero point around them, into memory that
+// each calling thread keeps. Linears are 1x1 convolutions of one row of pixels. All that a layer keeps is one tensor of
+// bytes, since small layers take no longer than their call: for each group codes [blocks, taps, channels / 4, kLanes,
+// 4], outputs and channels filled up with zeros, and behind them offset (int32), scale and bias (float32), filled up
+// likewise, then what the registers' sums want to know of channels.
 
 #include <array>
 #include <vector>
@@ -58,7 +59,7 @@ struct Weight {
 // kLanes outputs, from `first` on, of kBlock pixels. `rows` may name a pixel twice.
 template <int kBlock>
 KERNEL void block(const Source& source, const Weight& weight, const Target& target, int64_t first,
-                const uint8_t* const* rows, const int64_t* pixels) {
+                  const uint8_t* const* rows, const int64_t* pixels) {
   Sums<kBlock, kBlockVectors> sums;
   start<kBlock, kBlockVectors>(sums, weight.offset + first);
   const int64_t groups = source.channels / 4;
