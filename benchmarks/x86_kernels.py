@@ -84,7 +84,7 @@ def main() -> None:
         parser.error(f"this CPU has no {kernels.needs}, or there is no C++ compiler")
     torch.manual_seed(0)
     rows = [measure_conv(kernels, *case) for case in CONVS] + [measure_linear(kernels, *case) for case in LINEARS]
-    attentions = [measure_attention(*case) for case in ATTENTIONS] if kernels.has_attention else []
+    attentions = [measure_attention(*case) for case in ATTENTIONS] if "attention" in kernels.operators else []
     with patch.object(x86, "native_kernels", lambda: None):
         exact = x86.known_answers_hold()
     results = {
