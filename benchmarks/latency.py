@@ -1,6 +1,7 @@
 """Latency of one UNet step on the CPU: torch.compile in fp32 and bf16 against the converted model on the x86 backend.
 
     OMP_NUM_THREADS=1 python benchmarks/latency.py fashion ddpm-cifar10 --out docs/results-latency.json
+    OMP_NUM_THREADS=1 python benchmarks/latency.py fashion --carriers fp32 --out docs/results-latency-avx2.json
     python benchmarks/latency.py --device cuda sd15 sdxl --out docs/results-cuda.json
 
 All arms of a case run in one process, interleaved, under the same threads and malloc settings; medians, and medians of
@@ -294,9 +295,9 @@ def decibels(exact: Tensor, seen: Tensor) -> float:
 
 def table(results: Mapping[str, Any]) -> str:
     lines = [
-        "# Latency on the CPU",
+        f"# Latency on CPUs with {' or '.join(sorted({case['isa'] for case in results.values()}))}",
         "",
-        "Written by `python benchmarks/latency.py CASE ... --out docs/results-latency.json`: one UNet step, arms",
+        "Written by `python benchmarks/latency.py CASE ... --out THIS.json`: one UNet step, arms",
         "interleaved in one process, medians. The arm `w4a8 bf16` has 4-bit weights, 8-bit activations, bf16 carrier;",
         "it runs on the x86 backend under torch.compile, `w4a8 bf16 package` there too, compiled ahead of time,",
         "`w4a8 bf16 openvino` on the openvino backend.",
