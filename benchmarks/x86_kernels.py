@@ -174,18 +174,20 @@ def measure_attention(heads: int, queries: int, keys: int, size: int) -> dict[st
 
 def table(results: Mapping[str, Any]) -> str:
     machine, floating = results["machine"], results["floating"]
-    onednn = "oneDNN" if results["onednn_exact"] else "oneDNN (wrong)"
+    times = {"floating_us": floating, "onednn_us": "oneDNN" if results["onednn_exact"] else "oneDNN (wrong)"}
     ours = {"ours_us": "ours", "ours_w4_us": "ours, 4-bit weights"}
     ours = {key: label for key, label in ours.items() if key in results["rows"][0]}
-    times = {"floating_us": floating, "onednn_us": onednn} | ours
+    times |= ours
+    rivals = {"floating_us": floating} | ({"onednn_us": "oneDNN"} if results["onednn_exact"] else {})
     header = ["layer", *(f"{label}, us" for label in times.values())]
     for label in ours.values():
-        header += [f"{floating} over {label}", f"{label}, GOPS"]
+        header += [*(f"{rival} over {label}" for rival in rivals.values()), f"{label}, GOPS"]
     cells = []
     for row in results["rows"]:
         cells.append([row["layer"], *(f"{row[key]:.0f}" for key in times)])
         for key in ours:
-            cells[-1] += [f"{row['floating_us'] / row[key]:.2f}x", f"{row['operations'] / row[key] / 1e3:.0f}"]
+            cells[-1] += [f"{row[rival] / row[key]:.2f}x" for rival in rivals]
+            cells[-1].append(f"{row['operations'] / row[key] / 1e3:.0f}")
     wrong = "" if results["onednn_exact"] else " oneDNN's sums saturate on this CPU: its time is that of wrong results."
     return (
         f"# Integer layers on x86: our kernels for {KERNELS[results['kernels']].needs}, oneDNN's and torch's\n\n"
