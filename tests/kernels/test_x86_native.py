@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import platform
 from pathlib import Path
 
 import pytest
@@ -259,6 +260,7 @@ def test_without_a_library_a_warning_says_why(fault: str, tmp_path: Path, monkey
     assert not list(tmp_path.glob("qdiff_fx/*"))
 
 
+@pytest.mark.skipif(platform.machine().lower() not in ("x86_64", "amd64"), reason="the sources are for x86")
 @pytest.mark.parametrize("kernels", [VNNI, AVX2], ids=lambda kernels: kernels.name)
 def test_the_library_is_compiled_once_on_every_cpu(
     kernels: NativeKernels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -244,7 +244,7 @@ KERNEL void average(const uint8_t* probabilities, int64_t by_row, const Totals* 
           sum = _mm512_fmadd_ps(sum, _mm512_set1_ps(256.0f), _mm512_cvtepi32_ps(planes[1][r][v]));
         const __m512 rest = _mm512_fmadd_ps(_mm512_loadu_ps(mean + 16 * v), lost, zero);
         const __m512 value = _mm512_fmadd_ps(sum, share, rest);
-        output.target.store(element + (row + r) * output.target.row + 16 * v, first_lanes(left - 16 * v), value);
+        store(output.target, element + (row + r) * output.target.row + 16 * v, first_lanes(left - 16 * v), value);
       }
     }
   }

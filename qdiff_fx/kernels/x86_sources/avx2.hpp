@@ -17,11 +17,11 @@
 namespace qdiff {
 
 using Floats = __m256;
-using Kept = int64_t;       // lanes that are written
-constexpr int kWidth = 8;   // lanes of a register
+using Kept = int64_t;            // lanes that are written
+constexpr int kWidth = 8;        // lanes of a register
 constexpr int kBlockVectors = 2; // registers of outputs that a layer sums together
 constexpr int kBlockRows = 4;    // pixels of them: sums fill 8 of 16 registers
-constexpr int kFewRows = 2; // of a layer that has no more pixels
+constexpr int kFewRows = 2;      // of a layer that has no more pixels
 
 KERNEL_INLINE __m128i round_to_bfloat16(__m256 value) {
   const __m256i bits = _mm256_castps_si256(value);
@@ -34,25 +34,18 @@ KERNEL_INLINE __m128i round_to_bfloat16(__m256 value) {
 // The first `left` of 8 lanes.
 inline Kept first_lanes(int64_t left) { return left; }
 
-// A dense result of floats in one of two types.
-struct Target {
-  char* data;
-  int64_t row; // elements from one row of results to the next
-  bool bfloat16;
-
-  [[gnu::always_inline]] KERNEL void store(int64_t element, Kept kept, __m256 value) const {
-    const int64_t size = bfloat16 ? 2 : 4;
-    char* to = data + size * element;
-    alignas(32) char bytes[32];
-    char* whole = kept >= kWidth ? to : bytes;
-    if (bfloat16) {
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(whole), round_to_bfloat16(value));
-    } else {
-      _mm256_storeu_ps(reinterpret_cast<float*>(whole), value);
-    }
-    if (kept < kWidth) std::memcpy(to, bytes, static_cast<size_t>(size * kept));
+KERNEL_INLINE void store(const Target& target, int64_t element, Kept kept, Floats value) {
+  const int64_t size = target.bfloat16 ? 2 : 4;
+  char* to = target.data + size * element;
+  alignas(32) char bytes[32];
+  char* whole = kept >= kWidth ? to : bytes;
+  if (target.bfloat16) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(whole), round_to_bfloat16(value));
+  } else {
+    _mm256_storeu_ps(reinterpret_cast<float*>(whole), value);
   }
-};
+  if (kept < kWidth) std::memcpy(to, bytes, static_cast<size_t>(size * kept));
+}
 
 KERNEL_INLINE Floats load(const float* from) { return _mm256_loadu_ps(from); }
 

@@ -11,11 +11,11 @@
 namespace qdiff {
 
 using Floats = __m512;
-using Kept = __mmask16;      // lanes that are written
-constexpr int kWidth = 16;   // lanes of a register
-constexpr int kBlockVectors = 2;  // registers of outputs that a layer sums together
-constexpr int kBlockRows = 12;    // pixels of them: sums fill 24 of 32 registers
-constexpr int kFewRows = 4;  // of a layer that has no more pixels
+using Kept = __mmask16;          // lanes that are written
+constexpr int kWidth = 16;       // lanes of a register
+constexpr int kBlockVectors = 2; // registers of outputs that a layer sums together
+constexpr int kBlockRows = 12;   // pixels of them: sums fill 24 of 32 registers
+constexpr int kFewRows = 4;      // of a layer that has no more pixels
 
 // Whether results are rounded by the CPU's instruction.
 inline bool has_bfloat16 = __builtin_cpu_supports("avx512bf16");
@@ -40,20 +40,13 @@ KERNEL_INLINE __m256i round_to_bfloat16(__m512 value) {
 // The first `left` of 16 lanes.
 inline Kept first_lanes(int64_t left) { return left >= 16 ? 0xffff : static_cast<Kept>((1u << left) - 1); }
 
-// A dense result of floats in one of two types.
-struct Target {
-  char* data;
-  int64_t row; // elements from one row of results to the next
-  bool bfloat16;
-
-  [[gnu::always_inline]] KERNEL void store(int64_t element, Kept kept, __m512 value) const {
-    if (bfloat16) {
-      _mm256_mask_storeu_epi16(data + 2 * element, kept, round_to_bfloat16(value));
-    } else {
-      _mm512_mask_storeu_ps(data + 4 * element, kept, value);
-    }
+KERNEL_INLINE void store(const Target& target, int64_t element, Kept kept, Floats value) {
+  if (target.bfloat16) {
+    _mm256_mask_storeu_epi16(target.data + 2 * element, kept, round_to_bfloat16(value));
+  } else {
+    _mm512_mask_storeu_ps(target.data + 4 * element, kept, value);
   }
-};
+}
 
 KERNEL_INLINE Floats load(const float* from) { return _mm512_loadu_ps(from); }
 

@@ -30,6 +30,13 @@ Element* room_for(std::vector<Element>& memory, int64_t count) {
 
 inline int64_t filled_up(int64_t count, int64_t whole) { return (count + whole - 1) / whole * whole; }
 
+// A dense result of floats in one of two types.
+struct Target {
+  char* data;
+  int64_t row; // elements from one row of results to the next
+  bool bfloat16;
+};
+
 inline Tensor empty(const int64_t* sizes, const int64_t* strides, int64_t dimensions, ScalarType dtype) {
   STD_TORCH_CHECK(dtype == ScalarType::BFloat16 || dtype == ScalarType::Float, "output: want bfloat16 or float32");
   AtenTensorHandle handle;

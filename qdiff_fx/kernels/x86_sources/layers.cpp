@@ -78,7 +78,7 @@ KERNEL void block(const Source& source, const Weight& weight, const Target& targ
     const Floats scale = load(weight.scale + at), bias = load(weight.bias + at);
 #pragma GCC unroll 12
     for (int r = 0; r < kBlock; ++r)
-      target.store(pixels[r] * target.row + at, kept, scaled(sums[r][v], scale, bias));
+      store(target, pixels[r] * target.row + at, kept, scaled(sums[r][v], scale, bias));
   }
 }
 
