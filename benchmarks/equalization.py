@@ -17,11 +17,10 @@ from statistics import mean
 from typing import Any
 
 import qdiff_fx
-from provenance import commit
+from provenance import machines, origin
 from qdiff_fx.cli.sources import Source, open_source
 from qdiff_fx.errors import QDiffWarning
 from qdiff_fx.evaluation.study import Yardstick
-from qdiff_fx.kernels.machine import describe_machine
 from qdiff_fx.safe_io import read_json, write_bytes, write_json
 
 STEPS, IMAGES, EVALUATION_SEED = 50, 16, 1000
@@ -77,9 +76,7 @@ def main() -> None:
         if not path.exists() and any(fnmatch(path.stem, pattern) for pattern in arguments.cells):
             if cell.model not in yardsticks:
                 yardsticks[cell.model] = _yardstick(cell.model)
-            write_json(
-                path, vars(cell) | {"commit": commit()} | _measure(cell, *yardsticks[cell.model], arguments.work)
-            )
+            write_json(path, vars(cell) | origin(cell.seed) | _measure(cell, *yardsticks[cell.model], arguments.work))
             row = read_json(path)
             print(*vars(cell).values(), " ".join(f"{row[name]:.1f}" for name in FIGURES), flush=True)
             _write(arguments.work, arguments.docs)
@@ -115,7 +112,7 @@ def _measure(cell: Cell, source: Source, yardstick: Yardstick, work: Path) -> di
 
 def _write(work: Path, docs: Path) -> None:
     rows = [read_json(work / cell.file) for cell in cells() if (work / cell.file).exists()]
-    write_json(docs / "results-equalization.json", {"machine": describe_machine(), "rows": rows})
+    write_json(docs / "results-equalization.json", {"rows": rows})
     lines = [
         "# Channel factors and shifts on the bundled models, which have no planted outliers",
         "",
@@ -123,6 +120,7 @@ def _write(work: Path, docs: Path) -> None:
         f"calibration rows; means over seeds. End point: DDIM-{STEPS}, {IMAGES} samples from the same noise,",
         "median over samples. Change: against the row without factors, in the mean over seeds. Commit: the row was",
         "measured at; earlier: before factors had to gain 2 dB to round 4-bit weights anew (decisions/070).",
+        f"Machines: {machines(rows)}.",
         "",
         "| model | preset | arm | seeds | pooled, dB | median, dB | end point, dB | change, dB | commit |",
         "|---|---|---|---|---|---|---|---|---|",

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from provenance import machines
 from qdiff_fx.report.tables import decibels, markdown_table
 from qdiff_fx.safe_io import write_bytes, write_json
 
@@ -65,8 +66,8 @@ def _head(rows: Mapping[str, Mapping[str, Any]]) -> str:
     return f"""# Against other tools on the bundled models
 
 Written by `benchmarks/peers_table.py`; command, commit and seed of every cell are in `results-peers.json`
-(commits {_listed(row["commit"] for row in rows.values())}; noise seed {some["seed"]}; {some["machine"]["processor"]},
-{some["machine"]["isa"]}, {some["machine"]["threads"]} thread(s), beside other work; {versions}).
+(commits {_listed(row["commit"] for row in rows.values())}; noise seed {some["seed"]};
+{machines(rows.values())}, beside other work; {versions}).
 
 All networks run on the same inputs and start from the same noise; convolutions are quantized where the tool can. What a
 tool leaves alone stays fp32. Output SQNR on held-out inputs at 13 timesteps of 16 trajectories; end point: PSNR after

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,11 @@ def commit() -> str:
         ["git", "describe", "--always", "--dirty", "--abbrev=10"], cwd=root, capture_output=True, text=True, check=True
     )
     return found.stdout.strip()
+
+
+def machines(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Those that cells were measured on, each once."""
+    return "; ".join(dict.fromkeys("{processor}, {isa}, {threads} thread(s)".format(**row["machine"]) for row in rows))
 
 
 def slug(name: str) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from provenance import machines
 from qdiff_fx.evaluation import Interval
 from qdiff_fx.report import plots
 from qdiff_fx.report.tables import decibels, markdown_table, percent
@@ -62,13 +63,11 @@ def write_page(docs: Path, rows: Rows, plan: Mapping[str, Sampling | None]) -> N
 
 def _head(rows: Rows) -> str:
     commits = ", ".join(f"`{found}`" for found in dict.fromkeys(row["commit"] for row in rows.values()))
-    machines = (row["machine"] for row in rows.values())
-    machines = (f"{item['processor']}, {item['isa']}, {item['threads']} thread(s)" for item in machines)
     seconds = sum(float(row["seconds"]) for row in rows.values())
     return f"""# The published studies on the bundled models
 
 Written by `make results` (`benchmarks/results.py`); command, commit, machine and seed of every cell are in
-`results-studies.json` (commits {commits}; {"; ".join(dict.fromkeys(machines))};
+`results-studies.json` (commits {commits}; {machines(rows.values())};
 beside other work; {seconds / 60:.0f} minutes of cells so far). Every network
 starts from the same noise. Whether a published effect shows is worked out from the figures by the command itself."""
 
