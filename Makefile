@@ -3,7 +3,8 @@
 #   make demo       run the main job on the bundled model; pictures and report.html land in demo/
 #   make test       the whole gate
 #   make test-slow  the tests that take minutes
-#   make results the published studies and the table against other tools, into docs/; hours, resumable (RESULTS=folder)
+#   make results the published studies and the README's figures and pictures, into docs/; hours, resumable (RESULTS=folder)
+#   make peers   the table against whatever other tools .venv can import (extra peers), into docs/; resumable
 #   make docs       the site, into site/ (its tools go into .venv)
 #   make gpu        on a machine with an NVIDIA GPU: kernels against the reference, then latency into docs/results-cuda.md
 #   make format     rewrite the sources as the gate wants them
@@ -16,26 +17,29 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 WORKERS ?= auto
 RESULTS ?= runs/results
-ONE_CORE := "method/full precision/*" "method/linear*" "growth/*" "calibration/*"
-OTHER_CORE := "method/ours W*A8/*" "method/[!fl]*" "guidance/*"
+ONE_CORE := "method/full precision/*" "method/linear*" "growth/*" "calibration/*" "guidance/*"
+OTHER_CORE := "method/ours W*A8/*" "method/[!fl]*"
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo results test test-slow docs gpu lint format clean install
+.PHONY: demo results peers test test-slow docs gpu lint format clean install
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
 	$(BIN)/qdiff-fx demo --out demo
 
-# One core each: the cells of two commands never meet, and the first makes the calibration set that all share. The
-# peers' table has whatever tools .venv can import.
+# One core each: the cells of two commands never meet, and the first makes the calibration set that all share.
 results: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/quality.py --work $(RESULTS)/quality --cells "*/RTN MSE" "*/split"
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/results.py --work $(RESULTS)/studies --cells activations shortcuts
-	(OMP_NUM_THREADS=1 $(BIN)/python benchmarks/results.py --work $(RESULTS)/studies --cells $(ONE_CORE) && \
-	  OMP_NUM_THREADS=1 $(BIN)/python benchmarks/peers_table.py --work $(RESULTS)/peers --frechet 250) & other=$$!; \
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/results.py --work $(RESULTS)/studies --cells $(ONE_CORE) & other=$$!; \
 	  OMP_NUM_THREADS=1 $(BIN)/python benchmarks/results.py --work $(RESULTS)/studies --cells $(OTHER_CORE) && \
 	  wait $$other && $(BIN)/python benchmarks/results.py --work $(RESULTS)/studies
+	$(BIN)/qdiff-fx demo --out $(RESULTS)/demo
+	$(BIN)/python benchmarks/results_table.py $(RESULTS)/demo
+
+peers: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/peers_table.py --work $(RESULTS)/peers --frechet 250
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses $(WORKERS) --maxprocesses 8 --dist loadfile

@@ -136,19 +136,21 @@ def plant(unet: nn.Module, planted: str, ratio: float, args: tuple[Any, ...], kw
         PLANTED[planted](unet, float(ratio))
 
 
-def samples(source: Source, guidance_scale: float, folder: Path) -> tuple[CalibrationSet, CalibrationSet]:
-    """(160 calibration rows, 160 held-out rows) from DDIM-50 trajectories of other noise, kept under `folder`."""
+def samples(
+    source: Source, guidance_scale: float, folder: Path, samples_per_timestep: int = 16
+) -> tuple[CalibrationSet, CalibrationSet]:
+    """(calibration rows, 160 held-out rows) of 10 timesteps of DDIM-50 trajectories, other noise, kept in `folder`."""
     fit, held = (
         source.collect(
             guidance_scale=guidance_scale,
             num_inference_steps=50,
             num_timesteps=10,
-            samples_per_timestep=16,
+            samples_per_timestep=count,
             seed=seed,
             path=folder / f"{source.name}-{name}",
             progress=False,
         )
-        for seed, name in enumerate(("fit", "held"))
+        for seed, (name, count) in enumerate({"fit": samples_per_timestep, "held": 16}.items())
     )
     return fit, held
 

@@ -21,6 +21,9 @@ from qdiff_fx.stages.quality import measure_quality
 
 logger = logging.getLogger(__name__)
 
+ONE_SIDED_95 = 1.645
+"""Standard errors that a normal variable falls short of its mean by in one case of twenty."""
+
 TARGET_FILE = "target.json"
 """What calibrate() keeps of its quality target in the checkpoint folder."""
 
@@ -35,7 +38,7 @@ def meet_target(
 ) -> tuple[Raise, ...]:
     """Raise quantizers until the median SQNR over timesteps on `selection` reaches `config.target_sqnr`.
 
-    Less its standard error: the median of other samples is to reach the target too.
+    Held against it is the lower end of the median's one-sided 95 % interval: other samples are to reach it too.
     With a folder the measured figures are kept there: they hold for every target, so a killed run or another target
     measures only what is new.
 
@@ -61,7 +64,7 @@ def meet_target(
             correct_biases(prepared, means)
             try:
                 quality = measure_quality(prepared, selection)
-                figures[key] = quality.median_db - quality.median_error_db()
+                figures[key] = quality.median_db - ONE_SIDED_95 * quality.median_error_db()
             finally:
                 prepared.graph_module = original
         bar.update(1)
@@ -80,4 +83,4 @@ def _target_identity(prepared: PreparedUNet, selection: CalibrationSet, ranked: 
     order = digest(" ".join(f"{item.kind} {item.target} {item.bits}" for item in ranked))
     config = config_digest(prepared.qdiff_config)
     grids = tensors_digest(prepared.graph_module.code, prepared.graph_module.state_dict().items())
-    return digest(f"less its error {config} {selection.fingerprint} {order} {grids}")
+    return digest(f"less {ONE_SIDED_95} errors {config} {selection.fingerprint} {order} {grids}")

@@ -65,7 +65,7 @@ def test_a_target_is_held_less_its_error(unet: nn.Module, data: CalibrationSet) 
     means = layer_input_means(prepared, data, progress=False)
     uniform = quality.measure_quality(prepared, data)
     assert uniform.median_error_db() > 0.0
-    just = uniform.median_db - 0.5 * uniform.median_error_db()
+    just = uniform.median_db - 0.9 * target.ONE_SIDED_95 * uniform.median_error_db()
     prepared.qdiff_config = prepared.qdiff_config.replace(target_sqnr=just)
     assert target.meet_target(prepared, data, data, means, None, False), "the median alone would have reached it"
 
