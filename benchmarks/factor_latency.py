@@ -4,7 +4,7 @@
 
 Three arms of the same random weights at W8A8: m = 1; random m where layers share a quantized tensor; random m with a
 quantize step for every layer. The ratio of a pair is that of neighbouring runs. Writes results-factor-latency.json and
-.md.
+.md, where other cases and machines are kept.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -21,14 +21,16 @@ import torch
 from torch import Tensor, fx
 
 import qdiff_fx
-from latency import CARRIERS, CASES, describe, interleaved, isa, with_malloc_settings
+from latency import BATCH, CARRIERS, CASES, describe, interleaved, isa, with_malloc_settings
+from provenance import commit
 from qdiff_fx.allocation.channel_factors import input_nodes, readers_of
 from qdiff_fx.allocation.factor_search import install_factor
 from qdiff_fx.calibration.driver import fit_activations, fit_weights
 from qdiff_fx.numerics.affine import QParams
 from qdiff_fx.passes.base import PassContext
 from qdiff_fx.passes.prepare.own_quantizers import GiveOwnQuantizers
-from qdiff_fx.safe_io import write_bytes, write_json
+from qdiff_fx.report.tables import markdown_table
+from qdiff_fx.safe_io import read_json, write_bytes, write_json
 
 ARMS = {
     "m = 1": "every quantize step has a scalar",
@@ -55,6 +57,7 @@ def main() -> None:
         "case": arguments.case,
         "carrier": arguments.carrier,
         "pairs": arguments.pairs,
+        "commit": commit(),
         "arms": {
             arm: {
                 "milliseconds": 1e3 * median(times[arm]),
@@ -65,9 +68,12 @@ def main() -> None:
             for arm in ARMS
         },
     }
-    write_json(arguments.docs / "results-factor-latency.json", document)
-    write_bytes(arguments.docs / "results-factor-latency.md", table(document).encode())
     print(table(document))
+    kept = arguments.docs / "results-factor-latency.json"
+    documents = read_json(kept) if kept.exists() else {}
+    documents[f"{arguments.case}, {describe(document)}"] = document
+    write_json(kept, documents)
+    write_bytes(arguments.docs / "results-factor-latency.md", page(documents).encode())
 
 
 def build(case: str, arm: str, dtype: torch.dtype) -> tuple[Callable[[], Tensor], int, int]:
@@ -138,25 +144,31 @@ def ratio(times: Sequence[float], baseline: Sequence[float]) -> dict[str, float]
     return {"median": median(ratios), "low": ratios[low], "high": ratios[count - 1 - low]}
 
 
-def table(document: dict[str, Any]) -> str:
-    lines = [
+def page(documents: Mapping[str, dict[str, Any]]) -> str:
+    parts = [
         "# What channel factors cost at run time",
-        "",
-        f"Written by `benchmarks/factor_latency.py`: one step of `{document['case']}`, batch 2, W8A8,",
-        f"{document['carrier']} carrier, backend x86, {document['pairs']} interleaved turns;",
-        f"{describe(document)}.",
-        "The ratio is the median of the pairs' ratios with its 95 % interval (order statistics).",
-        "",
-        "| arm | ms a step | ratio to m = 1 | 95 % | quantize steps | generated kernels |",
-        "|---|---|---|---|---|---|",
+        f"Written by `benchmarks/factor_latency.py`: one step at batch {BATCH}, W8A8, backend x86, compiled, the\n"
+        "three arms in turns. The ratio is the median of the pairs' ratios with its 95 % interval (order statistics).",
+        *(f"## {name}\n\n{table(document)}" for name, document in documents.items()),
     ]
-    for arm, row in document["arms"].items():
-        lines.append(
-            f"| {arm}: {ARMS[arm]} | {row['milliseconds']:.0f} | {row['ratio']['median']:.3f} | "
-            f"{row['ratio']['low']:.3f} to {row['ratio']['high']:.3f} | {row['quantize_steps']} | "
-            f"{row['generated_kernels']} |"
+    return "\n\n".join(parts) + "\n"
+
+
+def table(document: Mapping[str, Any]) -> str:
+    header = ("arm", "ms a step", "ratio to m = 1", "95 %", "quantize steps", "generated kernels")
+    lines = [
+        (
+            f"{arm}: {ARMS[arm]}",
+            f"{row['milliseconds']:.0f}",
+            f"{row['ratio']['median']:.3f}",
+            f"{row['ratio']['low']:.3f} to {row['ratio']['high']:.3f}",
+            str(row["quantize_steps"]),
+            str(row["generated_kernels"]),
         )
-    return "\n".join(lines) + "\n"
+        for arm, row in document["arms"].items()
+    ]
+    facts = f"{document['carrier']} carrier, {document['pairs']} turns, commit `{document.get('commit', 'unknown')}`."
+    return "\n\n".join((markdown_table(header, lines, numeric=range(1, len(header))), facts))
 
 
 if __name__ == "__main__":

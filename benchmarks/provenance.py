@@ -19,12 +19,16 @@ def origin(seed: int) -> dict[str, Any]:
 
 
 def commit() -> str:
-    """Of the sources, with a mark if they are changed."""
+    """Of the sources, with a mark if they are changed; what a benchmark writes into docs/ is no source."""
     root = Path(__file__).resolve().parents[1]
-    found = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=10"], cwd=root, capture_output=True, text=True, check=True
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+
+    changed = git(
+        "status", "--porcelain", "--untracked-files=no", "--", "benchmarks", "observers", "passes", "qdiff_fx"
     )
-    return found.stdout.strip()
+    return git("rev-parse", "--short=10", "HEAD") + ("-dirty" if changed else "")
 
 
 def machines(rows: Iterable[Mapping[str, Any]]) -> str:
