@@ -20,10 +20,10 @@ import torch
 
 import qdiff_fx
 from planting import CONSTANT, CONSTANT_RATIO, PLANTED, plant, samples
+from provenance import machines, origin
 from qdiff_fx.calibration import CalibrationSet
 from qdiff_fx.cli.sources import open_source
 from qdiff_fx.errors import QDiffWarning
-from qdiff_fx.kernels.machine import describe_machine
 from qdiff_fx.safe_io import read_json, write_bytes, write_json
 
 MODELS = {"fashion-uncond": 1.0, "fashion-cond": 3.0}
@@ -115,19 +115,22 @@ def _measure(cell: Cell, original: Any, data: CalibrationSet, held: CalibrationS
             {name for row in report.raises if row["kind"] == "input" for name in row["layers"]}
         ),
         "most_sensitive_inputs": worst,
+        **origin(seed=config.seed),
     }
 
 
 def _write(work: Path, docs: Path) -> None:
     found = [read_json(work / cell.file) for model in MODELS for cell in cells(model) if (work / cell.file).exists()]
-    write_json(docs / "results-outliers.json", {"machine": describe_machine(), "rows": found})
+    write_json(docs / "results-outliers.json", {"rows": found})
+    commits = ", ".join(dict.fromkeys(f"`{row['commit']}`" for row in found))
     lines = [
         "# Planted channel outliers on the bundled models",
         "",
         "Written by `benchmarks/outliers.py`. The planted networks compute the same function in full precision",
         "(change: largest difference over largest output). Equalised: the preset's defaults (channel factors,",
         "attention factors, allocation); plain: without factors and slacks. Rounded to nearest; output SQNR pooled /",
-        "median over timesteps, dB, 160 calibration rows, 160 held-out rows, one seed.",
+        f"median over timesteps, dB, 160 calibration rows, 160 held-out rows, seed 0; commits {commits};",
+        f"{machines(found)}.",
     ]
     for model in dict.fromkeys(row["model"] for row in found):
         rows = [row for row in found if row["model"] == model]
