@@ -20,10 +20,11 @@ import qdiff_fx
 from provenance import machines, origin
 from qdiff_fx.cli.sources import Source, open_source
 from qdiff_fx.errors import QDiffWarning
+from qdiff_fx.evaluation.intervals import Interval
 from qdiff_fx.evaluation.study import Yardstick
 from qdiff_fx.safe_io import read_json, write_bytes, write_json
 
-STEPS, IMAGES, EVALUATION_SEED = 50, 16, 1000
+STEPS, IMAGES, EVALUATION_SEED = 50, 48, 1000
 MODELS = {"fashion-uncond": 1.0, "fashion-cond": 3.0}
 """Bundled models with their guidance scale."""
 
@@ -107,6 +108,8 @@ def _measure(cell: Cell, source: Source, yardstick: Yardstick, work: Path) -> di
         "pooled_db": measured.sqnr.pooled_db,
         "median_db": measured.sqnr.median_db,
         "endpoint_db": measured.psnr.median_db,
+        "endpoint_by_sample": measured.psnr.by_sample,
+        "images": IMAGES,
     }
 
 
@@ -117,13 +120,13 @@ def _write(work: Path, docs: Path) -> None:
         "# Channel factors and shifts on the bundled models, which have no planted outliers",
         "",
         "Written by `benchmarks/equalization.py`: presets with their default slacks, rounded to nearest, 320",
-        f"calibration rows; means over seeds. End point: DDIM-{STEPS}, {IMAGES} samples from the same noise,",
-        "median over samples. Change: against the row without factors, in the mean over seeds. Commit: the row was",
-        "measured at; earlier: before factors had to gain 2 dB to round 4-bit weights anew (decisions/070).",
+        f"calibration rows; means over seeds. End point: DDIM-{STEPS} from the same noise, median over samples.",
+        "Change: against the row without factors, of the end point sample by sample where 48 were drawn; mean over",
+        "seeds and, of several, its 95 % interval (Student's t). Commit: the row was measured at.",
         f"Machines: {machines(rows)}.",
         "",
-        "| model | preset | arm | seeds | pooled, dB | median, dB | end point, dB | change, dB | commit |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| model | preset | arm | seeds | samples | pooled, dB | median, dB | end point, dB | change, dB | commit |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for row in sorted(rows, key=lambda row: (list(MODELS).index(row["model"]), list(SEEDS).index(row["preset"]))):
@@ -132,17 +135,29 @@ def _write(work: Path, docs: Path) -> None:
         figures = [mean(row[name] for row in found) for name in FIGURES]
         off = groups.get((model, preset, "off"), [])
         change = " / ".join(_change(found, off, name) for name in FIGURES) if arm != "off" else "–"
-        commits = ", ".join(sorted({row.get("commit", "earlier") for row in found}))
-        cells_ = (model, preset.upper(), arm, str(len(found)), *(f"{value:.1f}" for value in figures), change, commits)
+        commits, images = (", ".join(sorted({str(row[name]) for row in found})) for name in ("commit", "images"))
+        shown = (f"{value:.1f}" for value in figures)
+        cells_ = (model, preset.upper(), arm, str(len(found)), images, *shown, change, commits)
         lines.append(f"| {' | '.join(cells_)} |")
     write_bytes(docs / "results-equalization.md", ("\n".join(lines) + "\n").encode())
 
 
 def _change(rows: Sequence[dict[str, Any]], off: Sequence[dict[str, Any]], name: str) -> str:
-    """Mean difference over the seeds that both have."""
-    plain = {row["seed"]: row[name] for row in off}
-    differences = [row[name] - plain[row["seed"]] for row in rows if row["seed"] in plain]
-    return f"{mean(differences):+.1f}" if differences else "–"
+    """Mean difference over the seeds that both have, and half of its interval."""
+    plain = {row["seed"]: row for row in off}
+    differences = [_difference(row, plain[row["seed"]], name) for row in rows if row["seed"] in plain]
+    if not differences:
+        return "–"
+    interval = Interval.over(differences)
+    spread = "" if interval.high is None else f" ± {interval.high - interval.mean:.1f}"
+    return f"{interval.mean:+.1f}{spread}"
+
+
+def _difference(row: dict[str, Any], plain: dict[str, Any], name: str) -> float:
+    samples = [found.get("endpoint_by_sample") for found in (row, plain)]
+    if name == "endpoint_db" and all(samples):
+        return mean(a - b for a, b in zip(*samples, strict=True))
+    return float(row[name] - plain[name])
 
 
 if __name__ == "__main__":
