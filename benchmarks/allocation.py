@@ -12,10 +12,12 @@ from __future__ import annotations
 import argparse
 import copy
 from collections.abc import Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import qdiff_fx
+from provenance import gathered
 from qdiff_fx.allocation.allocate import allocate
 from qdiff_fx.allocation.estimate import ErrorEstimate, estimate_errors
 from qdiff_fx.allocation.units import input_units, total_multiplications, weight_units
@@ -145,11 +147,12 @@ def _exact(prepared: Any, estimate: ErrorEstimate, report: Any) -> ErrorEstimate
 
 
 def _write(work: Path, docs: Path) -> None:
-    rows = [read_json(path) for model in MODELS for path in sorted((work / model).glob("row-*.json"))]
+    kept = docs / "results-allocation.json"
+    rows = gathered(map(read_json, work.glob("*/row-*.json")), kept, itemgetter("model", "rounding", *_ORDER))
     rows.sort(key=lambda row: (row["model"], row["rounding"] != "nearest", *(row[name] for name in _ORDER)))
-    correlations = {model: read_json(path) for model in MODELS if (path := work / model / "correlation.json").exists()}
-    document = {"machine": describe_machine(), "rank_correlation": correlations, "rows": rows}
-    write_json(docs / "results-allocation.json", document)
+    correlations = read_json(kept)["rank_correlation"] if kept.exists() else {}
+    correlations |= {path.parent.name: read_json(path) for path in sorted(work.glob("*/correlation.json"))}
+    write_json(kept, {"machine": describe_machine(), "rank_correlation": correlations, "cells": rows})
     plot_slacks(docs / "images" / "allocation.png", rows)
     lines = [
         "# Bit allocation on the bundled models",

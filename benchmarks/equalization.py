@@ -12,12 +12,13 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from operator import itemgetter
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import qdiff_fx
-from provenance import machines, origin
+from provenance import gathered, machines, origin
 from qdiff_fx.cli.sources import Source, open_source
 from qdiff_fx.errors import QDiffWarning
 from qdiff_fx.evaluation.intervals import Interval
@@ -114,8 +115,10 @@ def _measure(cell: Cell, source: Source, yardstick: Yardstick, work: Path) -> di
 
 
 def _write(work: Path, docs: Path) -> None:
-    rows = [read_json(work / cell.file) for cell in cells() if (work / cell.file).exists()]
-    write_json(docs / "results-equalization.json", {"rows": rows})
+    kept = docs / "results-equalization.json"
+    finished = [read_json(work / cell.file) for cell in cells() if (work / cell.file).exists()]
+    rows = gathered(finished, kept, itemgetter(*Cell.__dataclass_fields__))
+    write_json(kept, {"cells": rows})
     lines = [
         "# Channel factors and shifts on the bundled models, which have no planted outliers",
         "",
@@ -129,7 +132,8 @@ def _write(work: Path, docs: Path) -> None:
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
-    for row in sorted(rows, key=lambda row: (list(MODELS).index(row["model"]), list(SEEDS).index(row["preset"]))):
+    places = {"model": list(MODELS), "preset": list(SEEDS), "arm": list(ARMS)}
+    for row in sorted(rows, key=lambda row: [order.index(row[name]) for name, order in places.items()]):
         groups.setdefault((row["model"], row["preset"], row["arm"]), []).append(row)
     for (model, preset, arm), found in groups.items():
         figures = [mean(row[name] for row in found) for name in FIGURES]

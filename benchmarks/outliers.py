@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import torch
 
 import qdiff_fx
 from planting import CONSTANT, CONSTANT_RATIO, PLANTED, plant, samples
-from provenance import machines, origin
+from provenance import gathered, machines, origin
 from qdiff_fx.calibration import CalibrationSet
 from qdiff_fx.cli.sources import open_source
 from qdiff_fx.errors import QDiffWarning
@@ -120,8 +121,10 @@ def _measure(cell: Cell, original: Any, data: CalibrationSet, held: CalibrationS
 
 
 def _write(work: Path, docs: Path) -> None:
-    found = [read_json(work / cell.file) for model in MODELS for cell in cells(model) if (work / cell.file).exists()]
-    write_json(docs / "results-outliers.json", {"rows": found})
+    kept = docs / "results-outliers.json"
+    files = [work / cell.file for model in MODELS for cell in cells(model)]
+    found = gathered(map(read_json, filter(Path.exists, files)), kept, itemgetter(*Cell.__dataclass_fields__))
+    write_json(kept, {"cells": found})
     commits = ", ".join(dict.fromkeys(f"`{row['commit']}`" for row in found))
     lines = [
         "# Planted channel outliers on the bundled models",

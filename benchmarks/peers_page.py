@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from provenance import machines
+from provenance import gathered, machines
 from qdiff_fx.report.tables import decibels, markdown_table
 from qdiff_fx.safe_io import write_bytes, write_json
 
@@ -42,12 +43,15 @@ def write_page(docs: Path, rows: Mapping[str, Mapping[str, Any]], names: Sequenc
 
     Args:
       docs: the folder of the page.
-      rows: finished cells by MODEL/PEER.
+      rows: finished cells by MODEL/PEER; the page keeps those that it had besides.
       names: all cells, in order.
     """
+    kept = docs / "results-peers.json"
+    known = {row["cell"]: row for row in gathered(rows.values(), kept, itemgetter("cell"))}
+    rows = {name: known[name] for name in names if name in known}
     if not rows:
         return
-    write_json(docs / "results-peers.json", {"cells": list(rows.values())})
+    write_json(kept, {"cells": list(rows.values())})
     models = list(dict.fromkeys(name.partition("/")[0] for name in names))
     parts = [_head(rows)]
     for model in models:

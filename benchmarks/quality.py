@@ -16,13 +16,14 @@ from contextlib import closing
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cache, cached_property
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import qdiff_fx
-from provenance import origin, slug
+from provenance import gathered, origin, slug
 from qdiff_fx.calibration.driver import activation_quantizers, weight_quantizers
 from qdiff_fx.cli.sources import BUNDLED, Source, open_source
 from qdiff_fx.evaluation import Trajectory, endpoint_psnr, output_sqnr, trajectory_error
@@ -134,12 +135,12 @@ def main() -> None:
             row = bench.run(name) if name in CELLS else bench.run_block(name)
             print({key: row[key] for key in ("cell", "pooled_db", "median_db", "endpoint_db", "presets") if key in row})
     place = {name: index for index, name in enumerate(known)}
-    cells = {}
-    for model in BUNDLED:
-        rows = [read_json(path) for path in sorted((arguments.work / model / "cells").glob("*.json"))]
-        rows.sort(key=lambda row: place.get(row["cell"], len(place)))
-        cells[model] = {row["cell"]: row for row in rows}
-    write_page(arguments.docs, cells)
+    finished = [read_json(path) for path in sorted(arguments.work.glob("*/cells/*.json"))]
+    rows = gathered(finished, arguments.docs / "results-reconstruction.json", itemgetter("model", "cell"))
+    rows.sort(key=lambda row: place.get(row["cell"], len(place)))
+    write_page(
+        arguments.docs, {model: {row["cell"]: row for row in rows if row["model"] == model} for model in BUNDLED}
+    )
 
 
 class Bench:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from provenance import machines
+from provenance import gathered, machines
 from qdiff_fx.evaluation import Interval
 from qdiff_fx.report import plots
 from qdiff_fx.report.tables import decibels, markdown_table, percent
@@ -40,12 +41,15 @@ def write_page(docs: Path, rows: Rows, plan: Mapping[str, Sampling | None]) -> N
 
     Args:
       docs: the folder of the page.
-      rows: finished cells.
+      rows: finished cells; the page keeps those that it had besides.
       plan: all cells, in order, with the samples that a full run draws for them.
     """
+    kept = docs / "results-studies.json"
+    known = {row["cell"]: row for row in gathered(rows.values(), kept, itemgetter("cell"))}
+    rows = {name: known[name] for name in plan if name in known}
     if not rows:
         return
-    write_json(docs / "results-studies.json", {"cells": list(rows.values())})
+    write_json(kept, {"cells": list(rows.values())})
     sections = [
         _head(rows),
         _methods(_of(rows, "method/")),

@@ -57,13 +57,14 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=31)
     arguments = parser.parse_args()
     warnings.simplefilter("ignore", QDiffWarning)  # what the guard says is in the table
-    found = {}
+    kept = arguments.docs / "results-targets.json"
+    found = read_json(kept) if kept.exists() else {}
     for planted, ratio in PLANTS.items():
         path = arguments.work / f"{planted.replace(' ', '-')}.json"
         if not path.exists():
             write_json(path, _measure(planted, ratio, arguments.work, arguments.repeats))
         found[planted] = read_json(path)
-        write_json(arguments.docs / "results-targets.json", found)
+        write_json(kept, found)
         write_bytes(arguments.docs / "results-targets.md", _page(found).encode())
 
 
