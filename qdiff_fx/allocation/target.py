@@ -84,7 +84,8 @@ def reach_target(
     """The shortest prefix of `raises` for which `measure` is at least `target_db`, by bisection.
 
     Args:
-      measure: output SQNR in dB with these raises applied, on selection samples; assumed to grow with the prefix.
+      measure: output SQNR in dB that is sure with these raises applied, on selection samples; assumed to grow with
+        the prefix.
 
     Raises: CalibrationError with the best figure if even all raises do not reach the target.
     """
@@ -99,8 +100,8 @@ def reach_target(
         return TargetResult(raises=(), reached_db=figure(0), evaluations=len(figures))
     if figure(len(raises)) < target_db:
         raise CalibrationError(
-            f"target_sqnr={target_db} dB is out of reach: {max(figures.values()):.1f} dB is the best this model gives; "
-            f"lower the target, or keep attention in the carrier type (attention_bits=32)"
+            f"target_sqnr={target_db} dB is out of reach: {max(figures.values()):.1f} dB is the best that this model "
+            f"is sure to give; lower the target, or keep attention in the carrier type (attention_bits=32)"
         )
     low, high = 0, len(raises)
     while high - low > 1 and len(figures) < MAXIMUM_EVALUATIONS:
