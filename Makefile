@@ -33,6 +33,7 @@ results: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/quality.py --work $(RESULTS)/quality --cells "*/RTN MSE" "*/split"
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/results.py --work $(RESULTS)/studies --cells activations shortcuts
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/results.py --work $(RESULTS)/studies --cells $(ONE_CORE) & other=$$!; \
+	  trap "kill $$other 2>/dev/null" EXIT INT TERM; \
 	  OMP_NUM_THREADS=1 $(BIN)/python benchmarks/results.py --work $(RESULTS)/studies --cells $(OTHER_CORE) && \
 	  wait $$other && $(BIN)/python benchmarks/results.py --work $(RESULTS)/studies
 	$(BIN)/qdiff-fx demo --out $(RESULTS)/demo

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import qdiff_fx
-from provenance import gathered
+from cells import gathered
+from provenance import machines, origin
 from qdiff_fx.allocation.allocate import allocate
 from qdiff_fx.allocation.estimate import ErrorEstimate, estimate_errors
 from qdiff_fx.allocation.units import input_units, total_multiplications, weight_units
@@ -26,7 +27,6 @@ from qdiff_fx.cli.sources import open_source
 from qdiff_fx.evaluation.study import Yardstick
 from qdiff_fx.fake_quantize import QuantizerMode
 from qdiff_fx.identity import digest
-from qdiff_fx.kernels.machine import describe_machine
 from qdiff_fx.passes.base import PassContext
 from qdiff_fx.passes.prepare.raises import ApplyRaises, Raise
 from qdiff_fx.reconstruction import ReconstructionConfig
@@ -98,7 +98,7 @@ def _measure(model: str, work: Path, roundings: Sequence[str]) -> None:
                 prepared, raises, means, yardstick, data if rounding == "learned" else None
             )
             labels = {"model": model, "rounding": rounding, "ranking": ranking, "kind": kind, "slack": slack}
-            write_json(path, row | labels | {"key": key})
+            write_json(path, row | labels | {"key": key} | origin(SEED))
             print(*labels.values(), f"{row['median_db']:.1f} {row['endpoint_db']:.1f}", flush=True)
 
 
@@ -148,11 +148,13 @@ def _exact(prepared: Any, estimate: ErrorEstimate, report: Any) -> ErrorEstimate
 
 def _write(work: Path, docs: Path) -> None:
     kept = docs / "results-allocation.json"
-    rows = gathered(map(read_json, work.glob("*/row-*.json")), kept, itemgetter("model", "rounding", *_ORDER))
-    rows.sort(key=lambda row: (row["model"], row["rounding"] != "nearest", *(row[name] for name in _ORDER)))
+    found = gathered(map(read_json, work.glob("*/row-*.json")), kept, itemgetter("model", "rounding", *_ORDER))
+    rows = sorted(
+        found.values(), key=lambda row: (row["model"], row["rounding"] != "nearest", *(row[name] for name in _ORDER))
+    )
     correlations = read_json(kept)["rank_correlation"] if kept.exists() else {}
     correlations |= {path.parent.name: read_json(path) for path in sorted(work.glob("*/correlation.json"))}
-    write_json(kept, {"machine": describe_machine(), "rank_correlation": correlations, "cells": rows})
+    write_json(kept, {"rank_correlation": correlations, "cells": rows})
     plot_slacks(docs / "images" / "allocation.png", rows)
     lines = [
         "# Bit allocation on the bundled models",
@@ -161,7 +163,7 @@ def _write(work: Path, docs: Path) -> None:
         f'nearest, or rounding and steps learned (preset "fast"). End point: DDIM-{STEPS}, {IMAGES} samples from the',
         "same noise, median. While one slack varies, the other has its default (weights",
         f"{DEFAULTS['weight_slack']:.0%}, activations {DEFAULTS['activation_slack']:.0%}). The exact ranking measures",
-        "every layer alone at its own width; errors at 8 bits are the estimate's in both.",
+        f"every layer alone at its own width; errors at 8 bits are the estimate's in both. {machines(rows)}.",
         "",
         "![slacks](images/allocation.png)",
         "",

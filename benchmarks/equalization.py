@@ -18,7 +18,8 @@ from statistics import mean
 from typing import Any
 
 import qdiff_fx
-from provenance import gathered, machines, origin
+from cells import gathered
+from provenance import machines, origin
 from qdiff_fx.cli.sources import Source, open_source
 from qdiff_fx.errors import QDiffWarning
 from qdiff_fx.evaluation.intervals import Interval
@@ -117,7 +118,7 @@ def _measure(cell: Cell, source: Source, yardstick: Yardstick, work: Path) -> di
 def _write(work: Path, docs: Path) -> None:
     kept = docs / "results-equalization.json"
     finished = [read_json(work / cell.file) for cell in cells() if (work / cell.file).exists()]
-    rows = gathered(finished, kept, itemgetter(*Cell.__dataclass_fields__))
+    rows = list(gathered(finished, kept, itemgetter(*Cell.__dataclass_fields__)).values())
     write_json(kept, {"cells": rows})
     lines = [
         "# Channel factors and shifts on the bundled models, which have no planted outliers",
@@ -147,9 +148,10 @@ def _write(work: Path, docs: Path) -> None:
 
 
 def _change(rows: Sequence[dict[str, Any]], off: Sequence[dict[str, Any]], name: str) -> str:
-    """Mean difference over the seeds that both have, and half of its interval."""
-    plain = {row["seed"]: row for row in off}
-    differences = [_difference(row, plain[row["seed"]], name) for row in rows if row["seed"] in plain]
+    """Mean difference over the seeds that both have on as many samples, and half of its interval."""
+    plain = {(row["seed"], row["images"]): row for row in off}
+    pairs = ((row, plain.get((row["seed"], row["images"]))) for row in rows)
+    differences = [_difference(row, other, name) for row, other in pairs if other is not None]
     if not differences:
         return "–"
     interval = Interval.over(differences)

@@ -71,7 +71,7 @@ def main() -> None:
     print(table(document))
     kept = arguments.docs / "results-factor-latency.json"
     documents = read_json(kept) if kept.exists() else {}
-    documents[f"{arguments.case}, {describe(document)}"] = document
+    documents[f"{arguments.case}, {arguments.carrier} carrier, {describe(document)}"] = document
     write_json(kept, documents)
     write_bytes(arguments.docs / "results-factor-latency.md", page(documents).encode())
 
@@ -167,7 +167,7 @@ def table(document: Mapping[str, Any]) -> str:
         )
         for arm, row in document["arms"].items()
     ]
-    facts = f"{document['carrier']} carrier, {document['pairs']} turns, commit `{document.get('commit', 'unknown')}`."
+    facts = f"{document['pairs']} turns, commit `{document.get('commit', 'unknown')}`."
     return "\n\n".join((markdown_table(header, lines, numeric=range(1, len(header))), facts))
 
 

@@ -20,8 +20,9 @@ from typing import Any
 import torch
 
 import qdiff_fx
+from cells import gathered
 from planting import CONSTANT, CONSTANT_RATIO, PLANTED, plant, samples
-from provenance import gathered, machines, origin
+from provenance import machines, origin
 from qdiff_fx.calibration import CalibrationSet
 from qdiff_fx.cli.sources import open_source
 from qdiff_fx.errors import QDiffWarning
@@ -123,7 +124,8 @@ def _measure(cell: Cell, original: Any, data: CalibrationSet, held: CalibrationS
 def _write(work: Path, docs: Path) -> None:
     kept = docs / "results-outliers.json"
     files = [work / cell.file for model in MODELS for cell in cells(model)]
-    found = gathered(map(read_json, filter(Path.exists, files)), kept, itemgetter(*Cell.__dataclass_fields__))
+    rows = gathered(map(read_json, filter(Path.exists, files)), kept, itemgetter(*Cell.__dataclass_fields__))
+    found = list(rows.values())
     write_json(kept, {"cells": found})
     commits = ", ".join(dict.fromkeys(f"`{row['commit']}`" for row in found))
     lines = [

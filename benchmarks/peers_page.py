@@ -7,7 +7,8 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from provenance import gathered, machines
+from cells import gathered
+from provenance import machines
 from qdiff_fx.report.tables import decibels, markdown_table
 from qdiff_fx.safe_io import write_bytes, write_json
 
@@ -38,6 +39,11 @@ BARS = (
 LABELS = {"pooled_db": "output SQNR", "endpoint_db": "end-point PSNR"}
 
 
+def _measured(before: Mapping[str, Any], new: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A tool that is not installed takes nothing from the page, nor does a run without distances."""
+    return before if new["error"] and not before["error"] else {**before, **new}
+
+
 def write_page(docs: Path, rows: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> None:
     """Write page and JSON.
 
@@ -47,7 +53,7 @@ def write_page(docs: Path, rows: Mapping[str, Mapping[str, Any]], names: Sequenc
       names: all cells, in order.
     """
     kept = docs / "results-peers.json"
-    known = {row["cell"]: row for row in gathered(rows.values(), kept, itemgetter("cell"))}
+    known = gathered(rows.values(), kept, itemgetter("cell"), choose=_measured)
     rows = {name: known[name] for name in names if name in known}
     if not rows:
         return

@@ -81,10 +81,11 @@ class Bench:
         model, _, peer = name.partition("/")
         known = (row.get("distribution") or {}).get("samples", 0)
         lacks_distance = model in FRECHET_MODELS and frechet > known
-        if row and (not lacks_distance or row.get("error")):
+        if row and not row["error"] and not lacks_distance:
             return
         source = self.source(model)
         row = row or {"cell": name, "model": model, "peer": peer, "error": None} | origin(NOISE_SEED) | _versions()
+        row["error"] = None
         try:
             started = time.monotonic()
             network = peers.quantize(peer, source.unet, self.calls(model))

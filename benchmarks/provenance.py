@@ -1,16 +1,15 @@
-"""What a cell was measured with (command, commit, machine, seed), and where cells of other runs are kept."""
+"""What a cell was measured with: command, commit, machine, seed."""
 
 from __future__ import annotations
 
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from qdiff_fx.kernels.machine import describe_machine
-from qdiff_fx.safe_io import read_json
 
 
 def origin(seed: int) -> dict[str, Any]:
@@ -35,20 +34,6 @@ def commit() -> str:
 def machines(rows: Iterable[Mapping[str, Any]]) -> str:
     """Those that cells were measured on, each once."""
     return "; ".join(dict.fromkeys("{processor}, {isa}, {threads} thread(s)".format(**row["machine"]) for row in rows))
-
-
-def gathered(
-    rows: Iterable[Mapping[str, Any]], published: Path, key: Callable[[Mapping[str, Any]], Hashable]
-) -> list[Mapping[str, Any]]:
-    """Cells of a work folder, and those of a page that it has not measured anew.
-
-    Args:
-      rows: finished cells of the work folder.
-      published: the page's JSON; its cells are under "cells".
-      key: what tells one cell from another.
-    """
-    before = read_json(published)["cells"] if published.is_file() else ()
-    return list({key(row): row for row in (*before, *rows)}.values())
 
 
 def slug(name: str) -> str:

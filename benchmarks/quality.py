@@ -23,7 +23,8 @@ from typing import Any
 import torch
 
 import qdiff_fx
-from provenance import gathered, origin, slug
+from cells import gathered
+from provenance import origin, slug
 from qdiff_fx.calibration.driver import activation_quantizers, weight_quantizers
 from qdiff_fx.cli.sources import BUNDLED, Source, open_source
 from qdiff_fx.evaluation import Trajectory, endpoint_psnr, output_sqnr, trajectory_error
@@ -136,8 +137,8 @@ def main() -> None:
             print({key: row[key] for key in ("cell", "pooled_db", "median_db", "endpoint_db", "presets") if key in row})
     place = {name: index for index, name in enumerate(known)}
     finished = [read_json(path) for path in sorted(arguments.work.glob("*/cells/*.json"))]
-    rows = gathered(finished, arguments.docs / "results-reconstruction.json", itemgetter("model", "cell"))
-    rows.sort(key=lambda row: place.get(row["cell"], len(place)))
+    found = gathered(finished, arguments.docs / "results-reconstruction.json", itemgetter("model", "cell"))
+    rows = sorted(found.values(), key=lambda row: place.get(row["cell"], len(place)))
     write_page(
         arguments.docs, {model: {row["cell"]: row for row in rows if row["model"] == model} for model in BUNDLED}
     )

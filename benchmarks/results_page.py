@@ -8,7 +8,8 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from provenance import gathered, machines
+from cells import gathered
+from provenance import machines
 from qdiff_fx.evaluation import Interval
 from qdiff_fx.report import plots
 from qdiff_fx.report.tables import decibels, markdown_table, percent
@@ -45,7 +46,7 @@ def write_page(docs: Path, rows: Rows, plan: Mapping[str, Sampling | None]) -> N
       plan: all cells, in order, with the samples that a full run draws for them.
     """
     kept = docs / "results-studies.json"
-    known = {row["cell"]: row for row in gathered(rows.values(), kept, itemgetter("cell"))}
+    known = gathered(rows.values(), kept, itemgetter("cell"), choose=_larger)
     rows = {name: known[name] for name in plan if name in known}
     if not rows:
         return
@@ -63,6 +64,11 @@ def write_page(docs: Path, rows: Rows, plan: Mapping[str, Sampling | None]) -> N
         _missing([name for name in plan if name not in rows]),
     ]
     write_bytes(docs / "results-studies.md", ("\n\n".join(filter(None, sections)) + "\n").encode())
+
+
+def _larger(before: Mapping[str, Any], new: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A run of a share of the samples takes nothing from the page."""
+    return before if before.get("share", 1.0) > new.get("share", 1.0) else new
 
 
 def _head(rows: Rows) -> str:

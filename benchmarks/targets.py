@@ -150,7 +150,7 @@ def _page(found: Mapping[str, Any]) -> str:
         "# What a quality target costs on networks with planted outliers",
         "",
         f"Written by `benchmarks/targets.py` on `{MODEL}`: W4A8 without slacks, with channel factors, rounded to",
-        "nearest, raised until the median over timesteps, less its error, reaches the target on a selection split.",
+        "nearest, raised until the median over timesteps, the lower end of its 95 % interval, reaches the target.",
         "SQNR pooled / median, dB, on held-out rows that nothing was fitted or selected on: of the reference semantics",
         "with fp32 carrier, and as it runs on x86.",
         f"One step at batch {BATCH}, compiled, arms interleaved; ratios are medians of neighbouring runs'.",

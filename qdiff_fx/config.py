@@ -98,7 +98,8 @@ class QDiffConfig:
         closed form. What is learned is kept only where it lowers the error.
       bias_correction: let calibrate add to biases what rounding a weight to nearest takes from the output's mean
         (Nagel et al. 2019, section 4.2); learned rounding is left as it was learned.
-      target_sqnr: output SQNR in dB, median over timesteps, that calibrate reaches by raising layers; None is off.
+      target_sqnr: output SQNR in dB, median over timesteps, that calibrate reaches by raising layers, with
+        95 % confidence on other samples; None is off.
       target_bytes: limit of the stored weights in bytes; calibrate spends up to it on raises; None is off.
       sample_input: name of the graph input that holds the noisy sample; None takes the first 4-D input.
       seed: of every random choice (reservoir sampling in observers).

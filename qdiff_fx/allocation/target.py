@@ -22,7 +22,7 @@ class TargetResult:
 
     Args:
       raises: the shortest prefix of the ranked raises that reached the target.
-      reached_db: its figure on the selection samples.
+      reached_db: its figure on the selection samples, as `measure` gave it.
       evaluations: quality measurements that it took.
     """
 

@@ -38,7 +38,8 @@ def meet_target(
 ) -> tuple[Raise, ...]:
     """Raise quantizers until the median SQNR over timesteps on `selection` reaches `config.target_sqnr`.
 
-    Held against it is the lower end of the median's one-sided 95 % interval: other samples are to reach it too.
+    Held against it is the lower end of the median's one-sided 95 % interval: other samples are to reach it too, where
+    `selection` is no part of what was fitted.
     With a folder the measured figures are kept there: they hold for every target, so a killed run or another target
     measures only what is new.
 
