@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, fx
 
 import qdiff_fx
-from latency import BATCH, CARRIERS, CASES, describe, interleaved, isa, with_malloc_settings
+from latency import BATCH, CARRIERS, CASES, describe, give_back_memory, interleaved, isa, with_malloc_settings
 from provenance import commit
 from qdiff_fx.allocation.channel_factors import input_nodes, readers_of
 from qdiff_fx.allocation.factor_search import install_factor
@@ -97,6 +97,7 @@ def build(case: str, arm: str, dtype: torch.dtype) -> tuple[Callable[[], Tensor]
     steps = sum(1 for _ in input_nodes(prepared.graph_module))
     model = qdiff_fx.convert(prepared, backend="x86", dtype=dtype, release=True).compile()
     del module, prepared
+    give_back_memory()
     cast = {name: value.to(dtype) for name, value in inputs.items()}
 
     def step() -> Tensor:

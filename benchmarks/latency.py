@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import argparse
 import copy
+import ctypes
+import gc
 import itertools
 import json
 import os
@@ -148,6 +150,12 @@ def with_malloc_settings() -> None:
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | MALLOC)
 
 
+def give_back_memory() -> None:
+    """What this process freed goes back to the system, which glibc leaves undone under MALLOC."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+
+
 def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     module, inputs = CASES[name]()
     arms: dict[str, Callable[[], Tensor]] = {}
@@ -177,6 +185,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
                 add(f"{label}, autotuned", qdiff_fx.load(folders[label], "x86", autotune=True).compile(), dtype)
         if "openvino" in options.backends:
             add(f"{label} openvino", qdiff_fx.load(folders[label], "openvino").compile(), dtype)
+        give_back_memory()
     failed = {}
     for label in options.peers:
         try:
