@@ -1,7 +1,7 @@
 """What a few more bytes and multiplications buy: the slacks of bit allocation, by the estimate and by exact ranking.
 
     python benchmarks/allocation.py --work /tmp/allocation
-    python benchmarks/allocation.py --work /tmp/allocation --rounding learned
+    python benchmarks/allocation.py --work /tmp/allocation --rounding learned --ranking estimate
 
 Writes docs/results-allocation.json, .md and a plot. Finished rows are kept in the work folder: a killed run continues.
 Slacks that raise the same quantizers are measured once.
@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import qdiff_fx
 from cells import gathered
-from provenance import machines, origin
+from provenance import commits, machines, origin
 from qdiff_fx.allocation.allocate import allocate
 from qdiff_fx.allocation.estimate import ErrorEstimate, estimate_errors
 from qdiff_fx.allocation.units import input_units, total_multiplications, weight_units
@@ -40,6 +40,7 @@ STEPS, IMAGES, SEED = 50, 16, 0
 WEIGHT_SLACKS = (0.0, 0.01, 0.02, 0.04, 0.06, 0.10, 0.20)
 ACTIVATION_SLACKS = (0.0, 0.005, 0.01, 0.02, 0.05)
 ROUNDINGS = ("nearest", "learned")
+RANKINGS = ("estimate", "exact")
 DEFAULTS = {"weight_slack": 0.06, "activation_slack": 0.02}
 MODELS = {"fashion-uncond": 1.0, "fashion-cond": 3.0}
 """Bundled models with their guidance scale."""
@@ -53,13 +54,16 @@ def main() -> None:
     parser.add_argument("--docs", type=Path, default=Path("docs"))
     parser.add_argument("--models", nargs="*", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--rounding", nargs="*", default=list(ROUNDINGS), choices=ROUNDINGS)
+    parser.add_argument("--ranking", nargs="*", default=list(RANKINGS), choices=RANKINGS)
     arguments = parser.parse_args()
     for model in arguments.models:
-        _measure(model, arguments.work, arguments.rounding)
+        for _ in _measure(model, arguments.work, arguments.rounding, arguments.ranking):
+            _write(arguments.work, arguments.docs)
     _write(arguments.work, arguments.docs)
 
 
-def _measure(model: str, work: Path, roundings: Sequence[str]) -> None:
+def _measure(model: str, work: Path, roundings: Sequence[str], rankings: Sequence[str]) -> Iterator[Path]:
+    """Measure the rows that the work folder lacks; yields the file of each."""
     source, guidance = open_source(model), MODELS[model]
     data = source.collect(
         guidance_scale=guidance,
@@ -75,16 +79,17 @@ def _measure(model: str, work: Path, roundings: Sequence[str]) -> None:
     )
     qdiff_fx.calibrate(prepared, data, progress=False)
     means = layer_input_means(prepared, data, progress=False)
-    estimate = estimate_errors(prepared.graph_module, prepared.signature, data, means=means, seed=SEED)
-    report = qdiff_fx.sensitivity(prepared, data, checkpoint_dir=work / model / "sensitivity", progress=False)
-    write_json(work / model / "correlation.json", report.rank_correlation)
-    exact = _exact(prepared, estimate, report)
+    errors = {"estimate": estimate_errors(prepared.graph_module, prepared.signature, data, means=means, seed=SEED)}
+    if "exact" in rankings:
+        report = qdiff_fx.sensitivity(prepared, data, checkpoint_dir=work / model / "sensitivity", progress=False)
+        write_json(work / model / "correlation.json", report.rank_correlation)
+        errors["exact"] = _exact(prepared, errors["estimate"], report)
     sampler = source.sampler(source.noise(IMAGES, SEED + 1), steps=STEPS, guidance_scale=guidance, keep_steps=True)
     yardstick = Yardstick(source.unet, sampler, num_timesteps=13, progress=False)
     runs = [
         (rounding, ranking, kind, slack)
         for rounding in roundings
-        for ranking in ("estimate", "exact")
+        for ranking in rankings
         for kind, slacks in (("weight", WEIGHT_SLACKS), ("activation", ACTIVATION_SLACKS))
         for slack in slacks
     ]
@@ -92,7 +97,7 @@ def _measure(model: str, work: Path, roundings: Sequence[str]) -> None:
         path = work / model / f"row-{rounding}-{ranking}-{kind}-{slack:g}.json"
         if not path.exists():
             slacks = DEFAULTS | {f"{kind}_slack": slack}
-            raises = allocate(prepared.graph_module, estimate if ranking == "estimate" else exact, **slacks)
+            raises = allocate(prepared.graph_module, errors[ranking], **slacks)
             key = digest(f"{rounding} {sorted((item.target, str(item.bits)) for item in raises)}")
             row = _known(work / model, key) or _row(
                 prepared, raises, means, yardstick, data if rounding == "learned" else None
@@ -100,6 +105,7 @@ def _measure(model: str, work: Path, roundings: Sequence[str]) -> None:
             labels = {"model": model, "rounding": rounding, "ranking": ranking, "kind": kind, "slack": slack}
             write_json(path, row | labels | {"key": key} | origin(SEED))
             print(*labels.values(), f"{row['median_db']:.1f} {row['endpoint_db']:.1f}", flush=True)
+            yield path
 
 
 def _known(folder: Path, key: str) -> dict[str, Any] | None:
@@ -163,7 +169,8 @@ def _write(work: Path, docs: Path) -> None:
         f'nearest, or rounding and steps learned (preset "fast"). End point: DDIM-{STEPS}, {IMAGES} samples from the',
         "same noise, median. While one slack varies, the other has its default (weights",
         f"{DEFAULTS['weight_slack']:.0%}, activations {DEFAULTS['activation_slack']:.0%}). The exact ranking measures",
-        f"every layer alone at its own width; errors at 8 bits are the estimate's in both. {machines(rows)}.",
+        f"every layer alone at its own width; errors at 8 bits are the estimate's in both. Commits {commits(rows)};",
+        f"{machines(rows)}.",
         "",
         "![slacks](images/allocation.png)",
         "",

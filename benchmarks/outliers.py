@@ -22,7 +22,7 @@ import torch
 import qdiff_fx
 from cells import gathered
 from planting import CONSTANT, CONSTANT_RATIO, PLANTED, plant, samples
-from provenance import machines, origin
+from provenance import commits, machines, origin
 from qdiff_fx.calibration import CalibrationSet
 from qdiff_fx.cli.sources import open_source
 from qdiff_fx.errors import QDiffWarning
@@ -127,14 +127,13 @@ def _write(work: Path, docs: Path) -> None:
     rows = gathered(map(read_json, filter(Path.exists, files)), kept, itemgetter(*Cell.__dataclass_fields__))
     found = list(rows.values())
     write_json(kept, {"cells": found})
-    commits = ", ".join(dict.fromkeys(f"`{row['commit']}`" for row in found))
     lines = [
         "# Planted channel outliers on the bundled models",
         "",
         "Written by `benchmarks/outliers.py`. The planted networks compute the same function in full precision",
         "(change: largest difference over largest output). Equalised: the preset's defaults (channel factors,",
         "attention factors, allocation); plain: without factors and slacks. Rounded to nearest; output SQNR pooled /",
-        f"median over timesteps, dB, 160 calibration rows, 160 held-out rows, seed 0; commits {commits};",
+        f"median over timesteps, dB, 160 calibration rows, 160 held-out rows, seed 0; commits {commits(found)};",
         f"{machines(found)}.",
     ]
     for model in dict.fromkeys(row["model"] for row in found):

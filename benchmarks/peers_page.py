@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cells import gathered
-from provenance import machines
+from provenance import commits, machines
 from qdiff_fx.report.tables import decibels, markdown_table
 from qdiff_fx.safe_io import write_bytes, write_json
 
@@ -76,7 +76,7 @@ def _head(rows: Mapping[str, Mapping[str, Any]]) -> str:
     return f"""# Against other tools on the bundled models
 
 Written by `benchmarks/peers_table.py`; command, commit and seed of every cell are in `results-peers.json`
-(commits {_listed(row["commit"] for row in rows.values())}; noise seed {some["seed"]};
+(commits {commits(rows.values())}; noise seed {some["seed"]};
 {machines(rows.values())}, beside other work; {versions}).
 
 All networks run on the same inputs and start from the same noise; convolutions are quantized where the tool can. What a

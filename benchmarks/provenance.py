@@ -31,6 +31,11 @@ def commit() -> str:
     return git("rev-parse", "--short=10", "HEAD") + ("-dirty" if changed else "")
 
 
+def commits(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Those that cells were measured at, each once."""
+    return ", ".join(dict.fromkeys(f"`{row.get('commit', 'unknown')}`" for row in rows))
+
+
 def machines(rows: Iterable[Mapping[str, Any]]) -> str:
     """Those that cells were measured on, each once."""
     return "; ".join(dict.fromkeys("{processor}, {isa}, {threads} thread(s)".format(**row["machine"]) for row in rows))

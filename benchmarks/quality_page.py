@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from provenance import machines
+from provenance import commits, machines
 from qdiff_fx.reconstruction.config import PRESETS
 from qdiff_fx.report.plots import COLOURS, plot_error_growth
 from qdiff_fx.safe_io import write_bytes, write_json
@@ -88,11 +88,10 @@ def _blocks(blocks: dict[str, dict[str, Any]]) -> str:
 
 def _head(rows: list[dict[str, Any]]) -> str:
     some = rows[0]
-    commits = ", ".join(f"`{commit}`" for commit in dict.fromkeys(row["commit"] for row in rows))
     return f"""# Reconstruction on the bundled models
 
 Written by `benchmarks/quality.py`; the command, commit and seed of every cell are in `results-reconstruction.json`
-(commits {commits}; {machines(rows)},
+(commits {commits(rows)}; {machines(rows)},
 beside other work). Uniform bits but for the boundary rule: no allocation, no channel factors.
 {some["calibration_rows"]} calibration rows, {some["heldout_rows"]} held-out rows of other trajectories. Output SQNR is
 pooled, and the median over timesteps; end point: PSNR after DDIM-50, 16 samples from the same noise, median. Four-bit

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cells import gathered
-from provenance import machines
+from provenance import commits, machines
 from qdiff_fx.evaluation import Interval
 from qdiff_fx.report import plots
 from qdiff_fx.report.tables import decibels, markdown_table, percent
@@ -72,12 +72,11 @@ def _larger(before: Mapping[str, Any], new: Mapping[str, Any]) -> Mapping[str, A
 
 
 def _head(rows: Rows) -> str:
-    commits = ", ".join(f"`{found}`" for found in dict.fromkeys(row["commit"] for row in rows.values()))
     seconds = sum(float(row["seconds"]) for row in rows.values())
     return f"""# The published studies on the bundled models
 
 Written by `make results` (`benchmarks/results.py`); command, commit, machine and seed of every cell are in
-`results-studies.json` (commits {commits}; {machines(rows.values())};
+`results-studies.json` (commits {commits(rows.values())}; {machines(rows.values())};
 beside other work; {seconds / 60:.0f} minutes of cells so far). Every network
 starts from the same noise. Whether a published effect shows is worked out from the figures by the command itself."""
 
