@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from qdiff_fx.safe_io import read_json
 
 Row = Mapping[str, Any]
+
+
+def matching(names: Collection[str], patterns: Iterable[str]) -> list[str]:
+    """Names that globs ask for, each once, in the globs' order; a glob that names nothing ends the program."""
+    found = {pattern: [name for name in names if fnmatchcase(name, pattern)] for pattern in patterns}
+    for pattern, some in found.items():
+        if not some:
+            raise SystemExit(f"no cell is called {pattern!r}; there are {', '.join(names)}")
+    return list(dict.fromkeys(name for some in found.values() for name in some))
 
 
 def gathered(

@@ -11,14 +11,13 @@ import argparse
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from operator import itemgetter
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import qdiff_fx
-from cells import gathered
+from cells import gathered, matching
 from provenance import machines, origin
 from qdiff_fx.cli.sources import Source, open_source
 from qdiff_fx.errors import QDiffWarning
@@ -74,9 +73,10 @@ def main() -> None:
     arguments = parser.parse_args()
     warnings.simplefilter("ignore", QDiffWarning)  # W4A4 is doubtful; its figures are in the table
     yardsticks: dict[str, tuple[Source, Yardstick]] = {}
-    for cell in cells():
-        path = arguments.work / cell.file
-        if not path.exists() and any(fnmatch(path.stem, pattern) for pattern in arguments.cells):
+    known = {Path(cell.file).stem: cell for cell in cells()}
+    for name in matching(known, arguments.cells):
+        cell, path = known[name], arguments.work / f"{name}.json"
+        if not path.exists():
             if cell.model not in yardsticks:
                 yardsticks[cell.model] = _yardstick(cell.model)
             write_json(path, vars(cell) | origin(cell.seed) | _measure(cell, *yardsticks[cell.model], arguments.work))

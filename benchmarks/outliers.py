@@ -10,9 +10,8 @@ from __future__ import annotations
 import argparse
 import copy
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
-from fnmatch import fnmatch
+from collections.abc import Hashable, Iterator, Mapping
+from dataclasses import astuple, dataclass
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from typing import Any
 import torch
 
 import qdiff_fx
-from cells import gathered
+from cells import Row, gathered, matching
 from planting import CONSTANT, CONSTANT_RATIO, PLANTED, plant, samples
 from provenance import commits, machines, origin
 from qdiff_fx.calibration import CalibrationSet
@@ -32,6 +31,7 @@ MODELS = {"fashion-uncond": 1.0, "fashion-cond": 3.0}
 """Bundled models with their guidance scale."""
 
 RATIOS = (10, 100, 1000)
+PAGE = "results-outliers.json"
 _SHOWN = 16
 ARMS = ("equalised", "plain", "target")
 PLAIN = {"weight_slack": 0.0, "activation_slack": 0.0, "equalize": False, "bias_correction": False}
@@ -77,29 +77,40 @@ def main() -> None:
     parser.add_argument("--cells", nargs="*", default=["*"], help="patterns of rows to measure; written are all")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore", QDiffWarning)  # ruined models are the point; their figures are in the table
-    for model in arguments.models:
+    known = {Path(cell.file).stem: cell for model in arguments.models for cell in cells(model)}
+    chosen = [known[name] for name in matching(known, arguments.cells)]
+    for model in dict.fromkeys(cell.model for cell in chosen):
         source = open_source(model)
         data, held = samples(source, MODELS[model], arguments.work)
-        for cell in cells(model):
+        for cell in (cell for cell in chosen if cell.model == model):
             path = arguments.work / cell.file
-            if not path.exists() and any(fnmatch(path.stem, pattern) for pattern in arguments.cells):
-                baseline = arguments.work / Cell(model, "none", 1, cell.preset, "equalised").file
-                write_json(path, _measure(cell, source.unet, data, held, baseline))
+            if not path.exists():
+                target = _unplanted(cell, arguments.work, arguments.docs) if cell.arm == "target" else None
+                write_json(path, _measure(cell, source.unet, data, held, target))
                 row = read_json(path)
                 print(*vars(cell).values(), f"{row['pooled_db']:.1f} {row['median_db']:.1f}", flush=True)
     _write(arguments.work, arguments.docs)
 
 
-def _measure(cell: Cell, original: Any, data: CalibrationSet, held: CalibrationSet, baseline: Path) -> dict[str, Any]:
+def _unplanted(cell: Cell, work: Path, docs: Path) -> float:
+    """Median SQNR of the network without outliers, dB."""
+    wanted = Cell(cell.model, "none", 1, cell.preset, "equalised")
+    row = _rows(work, docs / PAGE).get(astuple(wanted))
+    if row is None:
+        raise SystemExit(f"the target of {cell.file} is the figure of {wanted.file}: measure that first")
+    return float(row["median_db"])
+
+
+def _measure(
+    cell: Cell, original: Any, data: CalibrationSet, held: CalibrationSet, target: float | None
+) -> dict[str, Any]:
     unet = copy.deepcopy(original)
     args, kwargs = held.gather(torch.arange(32))
     plant(unet, cell.planted, cell.ratio, args, kwargs)
     with torch.no_grad():
         expected, planted = original(*args, **kwargs).sample, unet(*args, **kwargs).sample
     config = qdiff_fx.QDiffConfig.preset(cell.preset, **(PLAIN if cell.arm == "plain" else {}))
-    if cell.arm == "target":
-        config = config.replace(target_sqnr=read_json(baseline)["median_db"])  # the unplanted network's
-    prepared = qdiff_fx.prepare(unet, config)
+    prepared = qdiff_fx.prepare(unet, config.replace(target_sqnr=target))
     report = qdiff_fx.calibrate(prepared, data, holdout=held, progress=False)
     worst = []
     if cell.planted == CONSTANT and cell.arm == "plain":
@@ -111,7 +122,7 @@ def _measure(cell: Cell, original: Any, data: CalibrationSet, held: CalibrationS
         "pooled_db": report.quality["pooled_db"],
         "median_db": report.quality["median_db"],
         "accepted": report.quality["accepted"],
-        "target_db": config.target_sqnr,
+        "target_db": target,
         "raises": [row for row in report.raises if row["reason"].startswith("target:")],
         "inputs_in_carrier": sorted(
             {name for row in report.raises if row["kind"] == "input" for name in row["layers"]}
@@ -121,11 +132,14 @@ def _measure(cell: Cell, original: Any, data: CalibrationSet, held: CalibrationS
     }
 
 
-def _write(work: Path, docs: Path) -> None:
-    kept = docs / "results-outliers.json"
+def _rows(work: Path, kept: Path) -> Mapping[Hashable, Row]:
     files = [work / cell.file for model in MODELS for cell in cells(model)]
-    rows = gathered(map(read_json, filter(Path.exists, files)), kept, itemgetter(*Cell.__dataclass_fields__))
-    found = list(rows.values())
+    return gathered(map(read_json, filter(Path.exists, files)), kept, itemgetter(*Cell.__dataclass_fields__))
+
+
+def _write(work: Path, docs: Path) -> None:
+    kept = docs / PAGE
+    found = list(_rows(work, kept).values())
     write_json(kept, {"cells": found})
     lines = [
         "# Planted channel outliers on the bundled models",

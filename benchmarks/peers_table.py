@@ -14,7 +14,6 @@ import argparse
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from fnmatch import fnmatchcase
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,6 +23,7 @@ from typing import Any
 import torch
 
 import peers
+from cells import matching
 from peers_page import write_page
 from provenance import origin, slug
 from qdiff_fx.cli.sources import Source, open_source
@@ -48,8 +48,7 @@ def main() -> None:
     arguments = parser.parse_args()
     bench = Bench(arguments.work)
     names = [f"{model}/{peer}" for peer in peers.PEERS for model in MODELS]
-    chosen = dict.fromkeys(name for pattern in arguments.cells for name in names if fnmatchcase(name, pattern))
-    for name in chosen:
+    for name in matching(names, arguments.cells):
         bench.run(name, arguments.frechet)
         write_page(arguments.docs, bench.rows(names), names)
     write_page(arguments.docs, bench.rows(names), names)

@@ -14,7 +14,6 @@ import argparse
 import time
 from contextlib import closing
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
 from functools import cache, cached_property
 from operator import itemgetter
 from pathlib import Path
@@ -23,7 +22,7 @@ from typing import Any
 import torch
 
 import qdiff_fx
-from cells import gathered
+from cells import gathered, matching
 from provenance import origin, slug
 from qdiff_fx.calibration.driver import activation_quantizers, weight_quantizers
 from qdiff_fx.cli.sources import BUNDLED, Source, open_source
@@ -129,9 +128,8 @@ def main() -> None:
     parser.add_argument("--docs", type=Path, default=Path("docs"))
     arguments = parser.parse_args()
     known = [*CELLS, *(f"block/{block}" for block in BLOCKS)]
-    names = [name for pattern in arguments.cells for name in known if fnmatchcase(name, pattern)]
     bench = Bench(arguments.work / arguments.model, arguments.model)
-    for name in dict.fromkeys(names):
+    for name in matching(known, arguments.cells):
         if not bench.path(name).exists() or bench.stale_presets(name):
             row = bench.run(name) if name in CELLS else bench.run_block(name)
             print({key: row[key] for key in ("cell", "pooled_db", "median_db", "endpoint_db", "presets") if key in row})

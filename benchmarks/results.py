@@ -15,7 +15,6 @@ import argparse
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
 from statistics import median
@@ -24,6 +23,7 @@ from typing import Any
 import torch
 
 import qdiff_fx
+from cells import matching
 from provenance import origin, slug
 from qdiff_fx.cli.sources import Source, open_source
 from qdiff_fx.errors import QDiffWarning
@@ -99,7 +99,7 @@ def main() -> None:
     warnings.simplefilter("ignore", QDiffWarning)  # W4A4 is doubtful; its figures are in the table
     known = cells()
     bench = Bench(arguments.work, share=arguments.share, compiled=not arguments.eager)
-    for name in dict.fromkeys(name for pattern in arguments.cells for name in known if fnmatchcase(name, pattern)):
+    for name in matching(known, arguments.cells):
         bench.run(name, known[name])
         write_page(arguments.docs, bench.rows(known), sampling(known))
     write_page(arguments.docs, bench.rows(known), sampling(known))

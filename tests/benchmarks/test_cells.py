@@ -10,7 +10,7 @@ import pytest
 
 import peers_page
 import results_page
-from cells import gathered
+from cells import gathered, matching
 from qdiff_fx.safe_io import write_json
 
 
@@ -20,6 +20,14 @@ def test_a_page_keeps_what_was_not_measured_anew(tmp_path: Path) -> None:
     write_json(page, {"cells": [{"cell": "a", "db": 1.0}, {"cell": "b", "db": 2.0}]})
     rows = gathered([{"cell": "c", "db": 4.0}, {"cell": "b", "db": 3.0}], page, itemgetter("cell"))
     assert {name: row["db"] for name, row in rows.items()} == {"a": 1.0, "b": 3.0, "c": 4.0}
+
+
+def test_globs_ask_for_cells_and_a_wrong_one_is_told() -> None:
+    names = ("model/w8a8", "model/w4a8", "other/w4a8")
+    assert matching(names, ["*w4*", "model/*"]) == ["model/w4a8", "other/w4a8", "model/w8a8"]
+    assert matching(names, []) == []
+    with pytest.raises(SystemExit, match="no cell is called 'w4a8'; there are model/w8a8, model/w4a8, other/w4a8"):
+        matching(names, ["model/*", "w4a8"])
 
 
 @pytest.mark.parametrize(
