@@ -70,12 +70,8 @@ class ConvertLayers(RewritePass[QuantizedLayer]):
         is_conv1d = layer.operator == "conv1d"
         stored = _store_weight(graph_module, match, as_conv2d=is_conv1d and match.input_quantizer is not None)
         dtype = _carrier(node)
+        _require_one_factor(match)
         if match.input_quantizer is None:
-            if match.weight_quantizer.channel_factor is not None or match.weight_quantizer.channel_shift is not None:
-                raise PatternError(
-                    f"{match.weight_quantizer.name}: its weight has channel factors, its input has no quantizer to "
-                    f"fold their inverse into; drop the factors and fit the weight again"
-                )
             with graph.inserting_before(node):
                 operands = (stored.weight, stored.scale, stored.zero_point, stored.shape, dtype)
                 weight = create_call(graph, qdiff.dequantize_weight.default, operands, like=node)
@@ -102,6 +98,25 @@ class ConvertLayers(RewritePass[QuantizedLayer]):
         node.replace_all_uses_with(result)
         graph.erase_node(node)
         _release(graph_module, match)
+
+
+def _require_one_factor(match: QuantizedLayer) -> None:
+    """What the weight is multiplied by is what the input is divided by, or the layer computes something else."""
+    weight, source = match.weight_quantizer, match.input_quantizer
+    if source is None:
+        if weight.channel_factor is not None or weight.channel_shift is not None:
+            raise PatternError(
+                f"{weight.name}: its weight has channel factors, its input has no quantizer to fold their inverse "
+                f"into; drop the factors and fit the weight again"
+            )
+        return
+    ours, theirs = weight.channel_factor, source.channel_factor
+    if (ours is None) != (theirs is None) or (
+        ours is not None and theirs is not None and not torch.equal(ours, theirs.to(ours.device))
+    ):
+        raise PatternError(
+            f"{weight.name}: its weight's channel factors are not those of {source.name}, its input; fit both again"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

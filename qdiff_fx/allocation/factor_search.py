@@ -82,7 +82,7 @@ class Found:
       off: errors without a factor.
       errors: with what was chosen.
       rounded: the tensor on the chosen grid.
-      qparams: of the input, None for "off".
+      qparams: of the input; for "off" the grid that it had.
       fitted: weight quantizers under the factor, one a reader; the present ones for "off".
     """
 
@@ -90,7 +90,7 @@ class Found:
     off: Errors
     errors: Errors
     rounded: Tensor
-    qparams: QParams | None
+    qparams: QParams
     fitted: tuple[WeightQuantizer, ...]
 
     @property
@@ -101,14 +101,14 @@ class Found:
         return 10.0 * math.log10(max(self.off.joint, 1e-30) / max(self.errors.joint, 1e-30))
 
     def install(self, quantizer: ActivationQuantizer, readers: Sequence[Reader]) -> None:
-        """Make it the grid of `quantizer` and of the readers' weights; "off" changes nothing."""
-        if self.candidate is not None and self.qparams is not None:
-            install_factor(quantizer, self.candidate.factor, self.qparams, readers, self.fitted)
+        """Make it the grid of `quantizer` and of the readers' weights; "off" takes a factor away that came since."""
+        factor = None if self.candidate is None else self.candidate.factor
+        install_factor(quantizer, factor, self.qparams, readers, self.fitted)
 
 
 def install_factor(
     quantizer: ActivationQuantizer,
-    factor: Tensor,
+    factor: Tensor | None,
     qparams: QParams,
     readers: Sequence[Reader],
     fitted: Sequence[WeightQuantizer],
@@ -155,7 +155,7 @@ def search_factor(
 
     best = min(_candidates(quantizer, readers, shifts), key=lambda item: judge(item, coarse=True).errors.score)
     found = judge(best, coarse=False)
-    if iterations and found.qparams is not None:
+    if iterations:
         factor = refine_factor(best.factor, quantizer, found.qparams, readers, found.fitted, x, iterations)
         learned = judge(replace(best, factor=factor, learned=True), coarse=False)
         found = min(found, learned, key=lambda item: item.errors.score)
@@ -163,7 +163,8 @@ def search_factor(
     wanted = 10.0 ** (-REDRAWN_GAIN_DB / 10.0) if redrawn else 1.0
     if found.errors.score < off.score and found.errors.joint <= wanted * off.joint:
         return found
-    return Found(candidate=None, off=off, errors=off, rounded=rounded_plain, qparams=None, fitted=plain)
+    before = QParams(quantizer.scale, quantizer.zero_point)
+    return Found(candidate=None, off=off, errors=off, rounded=rounded_plain, qparams=before, fitted=plain)
 
 
 def _candidates(quantizer: ActivationQuantizer, readers: Sequence[Reader], shifts: bool) -> Iterator[Candidate]:

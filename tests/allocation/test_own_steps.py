@@ -65,6 +65,24 @@ def test_own_steps_survive_conversion_and_show_in_the_report() -> None:
     assert "1 tensor is quantized more than once" in str(report)
 
 
+def test_a_step_of_its_own_without_factors_forgets_the_shared_ones() -> None:
+    """At 4 bits "off" wins small gains: a layer may leave a tensor that has factors for a grid without any."""
+    sample = torch.randn(64, 8, 6, 6, generator=torch.Generator().manual_seed(1))
+    data = CalibrationSet.from_samples([((sample,), {})])
+    module = Shared(opposed=False)
+    with torch.no_grad():
+        module.first.weight[3] *= 16.0 / 20.0
+        module.a.weight[:, 3] *= 20.0 / 16.0
+        module.b.weight[:, 3] *= 20.0 * 3.0
+    config = qdiff_fx.QDiffConfig.preset("w4a8", equalize=False, **CONFIG)
+    prepared = qdiff_fx.prepare(module.eval(), config, example_inputs=(sample[:2],))
+    qdiff_fx.calibrate(prepared, data, holdout=data)
+    choices = choose_channel_factors(prepared.graph_module, prepared.signature, data)
+    assert {(choice.own_step, choice.exponent is None) for choice in choices} >= {(True, True), (False, False)}
+    with torch.no_grad():
+        assert sqnr_db(prepared(sample), qdiff_fx.convert(prepared, backend="reference")(sample)) > 50.0
+
+
 def test_the_pass_leaves_alone_what_is_not_shared() -> None:
     prepared, _, _ = prepared_and_data(opposed=True)
     context = PassContext(config=prepared.qdiff_config, signature=prepared.signature)
