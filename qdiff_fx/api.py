@@ -35,7 +35,7 @@ from qdiff_fx.examples import example_call
 from qdiff_fx.fake_quantize import NoiseLevel
 from qdiff_fx.graph.capture import capture
 from qdiff_fx.graph.edit import freeze_parameters, pruned, shared_copy
-from qdiff_fx.identity import digest, run_identity
+from qdiff_fx.identity import digest, run_identity, state_digest
 from qdiff_fx.kernels import select_backend
 from qdiff_fx.lowering import check_choices
 from qdiff_fx.model import PreparedUNet, QuantizedUNet
@@ -174,7 +174,9 @@ def sensitivity(
         observe_and_fit(prepared, data, batch_size, folder, progress)
         correct_biases(prepared, means)
     seed = prepared.qdiff_config.seed
-    identity = "" if folder is None else digest(f"{run_identity(prepared, data, batch_size)} {samples}")
+    identity = ""
+    if folder is not None:
+        identity = digest(f"{run_identity(prepared, data, batch_size)} {state_digest(prepared)} {samples}")
     return measure_sensitivity(
         prepared.graph_module,
         prepared.signature,

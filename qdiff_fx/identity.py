@@ -25,6 +25,11 @@ def model_digest(prepared: PreparedUNet) -> str:
     return tensors_digest(prepared.graph_module.code, prepared.graph_module.named_parameters())
 
 
+def state_digest(prepared: PreparedUNet) -> str:
+    """SHA-256 over the graph, its parameters and what its quantizers hold: grids, factors, learned rounding."""
+    return tensors_digest(prepared.graph_module.code, prepared.graph_module.state_dict().items())
+
+
 def tensors_digest(text: str, tensors: Iterable[tuple[str, Tensor]], *, progress: bool | None = False) -> str:
     """SHA-256 over a text and named tensors: names, shapes, types and values.
 

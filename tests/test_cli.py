@@ -370,6 +370,22 @@ def test_a_ruined_model_is_not_written_until_it_is_accepted(
     assert not (tmp_path / "ruined.work").exists()
 
 
+def test_the_remedies_of_a_refused_run_take_the_same_work_folder(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a target some samples choose networks and are not fitted; another preset is another config."""
+    out = tmp_path / "ruined"
+    sizes = ["--steps", "5", "--timesteps", "3", "--samples", "12"]
+    command = ["quantize", str(model), "--out", str(out), *sizes]
+    monkeypatch.setattr("qdiff_fx.stages.fit.LEAST_ROWS", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr("qdiff_fx.stages.quality.GUARD_DB", 1000.0)
+        assert main([*command, "--preset", "w4a4"]) == 1
+        assert main([*command, "--preset", "w8a8"]) == 1
+    assert main([*command, "--preset", "w4a4", "--target-sqnr", "20"]) == 0
+    assert json.loads((out / "calibration.json").read_text())["quality"]["accepted"]
+
+
 def test_only_its_own_folders_are_removed_from_the_work_folder(tmp_path: Path) -> None:
     for name, leftover in (("shared", True), ("own", False)):
         work = tmp_path / name

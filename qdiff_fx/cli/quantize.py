@@ -17,7 +17,7 @@ from qdiff_fx.cli.pipelines import PipelineSource, add_prompt_arguments, open_mo
 from qdiff_fx.cli.sources import Source, add_source_arguments, copy_sampling_files, require_full_precision
 from qdiff_fx.config import QDiffConfig
 from qdiff_fx.errors import QualityError
-from qdiff_fx.identity import tensors_digest
+from qdiff_fx.identity import config_digest, digest, tensors_digest
 from qdiff_fx.reconstruction.config import PRESETS
 from qdiff_fx.report.documents import calibration_document, stored_bytes
 from qdiff_fx.report.inspection import inspect_prepared
@@ -90,8 +90,8 @@ def run(arguments: Namespace) -> None:
     quality = document["quality"]
     if not quality["accepted"] and not arguments.accept_quality:
         raise QualityError(
-            f"nothing written to {arguments.out}: the output keeps {quality['pooled_db']:.1f} dB pooled, "
-            f"{quality['median_db']:.1f} dB in the median; try --target-sqnr 20 or --preset w8a8, "
+            f"nothing written to {arguments.out}: the output keeps {decibels(quality['pooled_db'])} dB pooled, "
+            f"{decibels(quality['median_db'])} dB in the median; try --target-sqnr 20 or --preset w8a8, "
             f"or repeat the command with --accept-quality (the work is kept in {work})"
         )
     _publish(source, built, arguments.out)
@@ -125,7 +125,7 @@ def _build(
         prepared,
         data,
         reconstruction=None if preset is None else qdiff_fx.ReconstructionConfig.preset(preset),
-        checkpoint_dir=folder.parent / _RUN,
+        checkpoint_dir=folder.parent / _RUN / _settings(config, preset),
         scheduler=source.scheduler,
     )
     inspection = inspect_prepared(prepared)
@@ -136,6 +136,12 @@ def _build(
     stored = stored_bytes(folder)
     document = calibration_document(source.name, arguments.preset, report, inspection, quantized, stored)
     write_json(folder / "calibration.json", document | {"identity": identity})
+
+
+def _settings(config: QDiffConfig, preset: str | None) -> str:
+    """A name for what calibrate() keeps: the same for every target, which starts from the same fit and rounding."""
+    compares = preset is not None or config.target_sqnr is not None  # networks, on rows that are not fitted then
+    return digest(f"{config_digest(config)} {preset} {compares}")[:16]
 
 
 def _publish(source: Source, built: Path, out: Path) -> None:

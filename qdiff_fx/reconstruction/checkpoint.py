@@ -19,6 +19,13 @@ from qdiff_fx.safe_io import json_field, read_json, read_tensors, remove_partial
 logger = logging.getLogger(__name__)
 
 _IDENTITY = "identity.json"
+_GRID = {
+    "weight_scale": "scale",
+    "weight_zero_point": "zero_point",
+    "weight_factor": "channel_factor",
+    "weight_shift": "channel_shift",
+}
+"""Tensors of a weight quantizer by their names in a block's file."""
 
 
 class BlockCheckpoint:
@@ -59,6 +66,7 @@ class BlockCheckpoint:
             for place, item in enumerate(unit.weights):
                 if item.owned and item.quantizer.round_up is not None:
                     tensors[f"round_up.{place}"] = item.quantizer.round_up
+            tensors |= _grids(unit)
         else:
             for place, quantizer in enumerate(unit.quantizers):
                 tensors[f"scale.{place}"] = quantizer.scale
@@ -78,18 +86,39 @@ class BlockCheckpoint:
         except (CheckpointError, TypeError) as error:
             logger.warning("%s; the block is reconstructed again", error)
             return None
+        if phase == "weights" and not _same(tensors, _grids(unit)):
+            logger.warning("%s: its rounding is that of other weight grids; the block is reconstructed again", path)
+            return None
         for name, tensor in tensors.items():
             kind, place = name.split(".")
             if kind == "round_up":
                 weight = unit.weights[int(place)]
                 weight.quantizer.round_up = tensor.to(torch.bool).to(weight.weight.device)
-            else:
+            elif kind == "scale":
                 _set_scale(unit.quantizers[int(place)], tensor)
         return result
 
     @staticmethod
     def _stem(unit: Unit, phase: str) -> str:
         return f"{phase}-{unit.index:04d}"
+
+
+def _grids(unit: Unit) -> dict[str, Tensor]:
+    """What the codes of the unit's weights are rounded on, channel factors and shifts with it."""
+    named = {
+        f"{name}.{place}": getattr(item.quantizer, attribute)
+        for place, item in enumerate(unit.weights)
+        if item.owned
+        for name, attribute in _GRID.items()
+    }
+    return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+
+def _same(stored: Mapping[str, Tensor], present: Mapping[str, Tensor]) -> bool:
+    grids = {name: tensor for name, tensor in stored.items() if name.partition(".")[0] in _GRID}
+    return grids.keys() == present.keys() and all(
+        torch.equal(tensor, present[name].to(tensor.device)) for name, tensor in grids.items()
+    )
 
 
 def _set_scale(quantizer: ActivationQuantizer, scale: Tensor) -> None:

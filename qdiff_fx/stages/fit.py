@@ -22,8 +22,8 @@ logger = logging.getLogger(__name__)
 HOLDOUT_SHARE = 0.1
 
 SELECTION_ROWS, LEAST_ROWS = 128, 4
-"""At most so many rows are set aside to choose a network by, at least so many a timestep: with 16 in all, the median of
-a network that just reached a target of 25 dB was 24.6 dB on other rows."""
+"""So many rows at most are set aside to choose a network by, or so many a timestep if that is more: with 16 in all, the
+median of a network that just reached a target of 25 dB was 24.6 dB on other rows."""
 
 
 @contextmanager
@@ -64,11 +64,15 @@ def split_selection(data: CalibrationSet, seed: int) -> tuple[CalibrationSet, Ca
     """(fit, selection): a seeded tenth of the rows, evenly over the timesteps, at most `SELECTION_ROWS`.
 
     Networks are compared on it while one is chosen: what was learned looks better than it is on the rows that it was
-    learned from. A set too small for `LEAST_ROWS` a timestep is both, but for the limit.
+    learned from. More rows only where `LEAST_ROWS` a timestep are more. A set whose tenth is less than those is both,
+    but for the limit, and the log says so.
     """
-    share = min(HOLDOUT_SHARE, SELECTION_ROWS / len(data))
-    if len(data) * share >= LEAST_ROWS * max(1, len(data.timesteps)):
-        return data.split(share, seed=seed)
+    least = LEAST_ROWS * max(1, len(data.timesteps))
+    if len(data) * HOLDOUT_SHARE >= least:
+        return data.split(min(HOLDOUT_SHARE, max(SELECTION_ROWS, least) / len(data)), seed=seed)
+    logger.warning(
+        "%d calibration samples are too few to set a tenth aside: networks are compared on what was fitted", len(data)
+    )
     return data, data if len(data) <= SELECTION_ROWS else data.split(SELECTION_ROWS / len(data), seed=seed)[1]
 
 

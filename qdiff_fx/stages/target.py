@@ -12,7 +12,7 @@ from qdiff_fx.allocation.target import MAXIMUM_EVALUATIONS, ranked_raises, reach
 from qdiff_fx.calibration import CalibrationSet
 from qdiff_fx.calibration.progress import progress_bar
 from qdiff_fx.graph.edit import shared_copy
-from qdiff_fx.identity import config_digest, digest, tensors_digest
+from qdiff_fx.identity import config_digest, digest, state_digest
 from qdiff_fx.model import PreparedUNet
 from qdiff_fx.passes.prepare.raises import Raise
 from qdiff_fx.stages.biases import Means, correct_biases
@@ -83,5 +83,5 @@ def _target_identity(prepared: PreparedUNet, selection: CalibrationSet, ranked: 
     """SHA-256 over what the figures of a target depend on: weights, grids, learned rounding, samples and the order."""
     order = digest(" ".join(f"{item.kind} {item.target} {item.bits}" for item in ranked))
     config = config_digest(prepared.qdiff_config)
-    grids = tensors_digest(prepared.graph_module.code, prepared.graph_module.state_dict().items())
-    return digest(f"less {ONE_SIDED_95} errors {config} {selection.fingerprint} {order} {grids}")
+    state = state_digest(prepared)
+    return digest(f"less {ONE_SIDED_95} errors {config} {selection.fingerprint} {order} {state}")

@@ -1,5 +1,6 @@
 """What quantizing each unit alone costs: exact figures, order, resumption."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from qdiff_fx.allocation import sensitivity as module
 from qdiff_fx.allocation.sensitivity import PROGRESS_FILE, spearman
 from qdiff_fx.allocation.units import input_units, weight_units
 from qdiff_fx.calibration import CalibrationSet
+from qdiff_fx.calibration.driver import weight_quantizers
 from qdiff_fx.errors import CheckpointError
 from qdiff_fx.fake_quantize import QuantizerMode
 from qdiff_fx.model import PreparedUNet
@@ -79,6 +81,11 @@ def test_figures_of_another_run_are_refused(prepared: PreparedUNet, data: Calibr
     qdiff_fx.sensitivity(prepared, data, samples=8, checkpoint_dir=tmp_path)
     with pytest.raises(CheckpointError, match=PROGRESS_FILE):
         qdiff_fx.sensitivity(prepared, data, samples=4, checkpoint_dir=tmp_path)
+    changed = copy.deepcopy(prepared)
+    quantizer, _ = next(weight_quantizers(changed.graph_module))
+    quantizer.scale = 2.0 * quantizer.scale
+    with pytest.raises(CheckpointError, match=PROGRESS_FILE):
+        qdiff_fx.sensitivity(changed, data, samples=8, checkpoint_dir=tmp_path)
 
 
 def test_rank_correlation_is_spearmans() -> None:

@@ -105,6 +105,20 @@ def test_finished_blocks_are_not_learned_again_and_damaged_ones_are(
     assert ("reconstructed again" in caplog.text) == damage.endswith("tensors")
 
 
+def test_rounding_of_another_grid_is_learned_again(
+    calibrated: Any, run: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Codes are floor(W m / s_w) + rounding: what was learned on one grid is noise on another."""
+    again = copy.deepcopy(calibrated)
+    first = run(calibrated, folder=tmp_path)
+    quantizer = next(item for item, _ in weight_quantizers(again.graph_module) if item.spec.bits <= 4)
+    quantizer.scale = quantizer.scale * 1.5
+    second = run(again, folder=tmp_path)
+    repeated = [new.name for old, new in zip(first, second, strict=True) if old.seconds != new.seconds]
+    assert len(repeated) == 1
+    assert "its rounding is that of other weight grids; the block is reconstructed again" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("identity", "changes", "reason"),
     [
