@@ -100,7 +100,8 @@ class QDiffConfig:
         (Nagel et al. 2019, section 4.2); learned rounding is left as it was learned.
       target_sqnr: output SQNR in dB, median over timesteps, that calibrate reaches by raising layers, with
         95 % confidence on other samples; None is off.
-      target_bytes: limit of the stored weights in bytes; calibrate spends up to it on raises; None is off.
+      target_bytes: limit of the weights' codes in bytes, without scales and layers left alone; calibrate spends up to
+        it on raises to 8 bits, and fails if the codes take more already. `target_sqnr` may go beyond it; None is off.
       sample_input: name of the graph input that holds the noisy sample; None takes the first 4-D input.
       seed: of every random choice (reservoir sampling in observers).
     """

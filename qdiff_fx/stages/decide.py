@@ -14,6 +14,7 @@ from qdiff_fx.allocation.channel_factors import FactorChoice, choose_channel_fac
 from qdiff_fx.allocation.estimate import ErrorEstimate, estimate_errors
 from qdiff_fx.allocation.units import input_units, weight_units
 from qdiff_fx.calibration import CalibrationSet
+from qdiff_fx.errors import CalibrationError
 from qdiff_fx.model import PreparedUNet
 from qdiff_fx.passes.base import PassContext
 from qdiff_fx.passes.prepare.raises import ApplyRaises, Raise
@@ -90,12 +91,20 @@ def _choose_factors(
 
 
 def _weight_slack(prepared: PreparedUNet) -> float:
-    """The config's slack, or what `target_bytes` leaves over the present bytes."""
+    """The config's slack, or what `target_bytes` leaves over the present bytes.
+
+    Raises: CalibrationError for a limit under the present bytes.
+    """
     config = prepared.qdiff_config
     if config.target_bytes is None:
         return config.weight_slack
     present = sum(unit.bytes for unit in weight_units(prepared.graph_module))
-    return max(0.0, config.target_bytes / max(1, present) - 1.0)
+    if config.target_bytes < present:
+        raise CalibrationError(
+            f"target_bytes={config.target_bytes:,}: the weights' codes take {present:,} bytes at this config's widths; "
+            f"raise the limit, or take a preset of fewer bits"
+        )
+    return config.target_bytes / max(1, present) - 1.0
 
 
 def apply_raises(prepared: PreparedUNet, graph_module: fx.GraphModule, raises: tuple[Raise, ...]) -> None:

@@ -292,3 +292,21 @@ def test_a_ruined_network_is_reported_with_figure_layers_and_remedy(unet: UNet2D
     with pytest.warns(qdiff_fx.errors.QDiffWarning, match=r"dB of SQNR pooled.*worst timestep.*target_sqnr"):
         report = qdiff_fx.calibrate(prepared, data)
     assert report.quality["accepted"] is False
+
+
+def test_bytes_are_spent_up_to_a_limit_and_one_under_the_present_bytes_is_refused(
+    unet: UNet2DModel, calibrated: PreparedUNet, data: CalibrationSet
+) -> None:
+    def codes(prepared: PreparedUNet) -> int:
+        return sum(unit.bytes for unit in weight_units(prepared.graph_module))
+
+    present = codes(calibrated)
+    limit = int(1.2 * present)
+    config = qdiff_fx.QDiffConfig.preset("w4a8", **UNIFORM)
+    prepared = qdiff_fx.prepare(unet, config.replace(target_bytes=limit))
+    report = qdiff_fx.calibrate(prepared, data)
+    assert present < codes(prepared) <= limit
+    assert {row["kind"] for row in report.raises} == {"weight"}
+    prepared = qdiff_fx.prepare(unet, config.replace(target_bytes=present - 1))
+    with pytest.raises(CalibrationError, match=f"target_bytes={present - 1:,}: .* take {present:,} bytes"):
+        qdiff_fx.calibrate(prepared, data)
