@@ -32,6 +32,7 @@ MODELS = {"fashion-uncond": 1.0, "fashion-cond": 3.0}
 
 RATIOS = (10, 100, 1000)
 PAGE = "results-outliers.json"
+RUINED_DB = 10.0
 _SHOWN = 16
 ARMS = ("equalised", "plain", "target")
 PLAIN = {"weight_slack": 0.0, "activation_slack": 0.0, "equalize": False, "bias_correction": False}
@@ -157,12 +158,14 @@ def _write(work: Path, docs: Path) -> None:
             f"## {model}",
             "",
             *_table(rows),
+            "",
+            *_ruined(rows),
             *_constants([row for row in rows if row["planted"] == CONSTANT]),
         ]
     write_bytes(docs / "results-outliers.md", ("\n".join(lines) + "\n").encode())
 
 
-def _table(rows: list[dict[str, Any]]) -> list[str]:
+def _table(rows: list[Row]) -> list[str]:
     by_cell = {(row["planted"], row["ratio"], row["preset"], row["arm"]): row for row in rows}
     lines = [
         "| planted | ratio | change | W8A8 equalised | W8A8 plain | W4A8 equalised | W4A8 plain |",
@@ -178,11 +181,22 @@ def _table(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def _ruined(rows: list[Row]) -> list[str]:
+    """Which plants ruin plain W8A8 at their largest ratio, by the pooled figure, and which do not."""
+    planted = [row for row in rows if row["arm"] == "plain" and row["preset"] == "w8a8" and row["planted"] != "none"]
+    ruined = [row["planted"] for row in planted if row["pooled_db"] < RUINED_DB]
+    spared = [row["planted"] for row in planted if row["planted"] not in ruined]
+    return [
+        f"Plain W8A8 is ruined (under {RUINED_DB:g} dB pooled) by: {', '.join(ruined) or 'none'}; "
+        f"not by: {', '.join(spared) or 'none'}."
+    ]
+
+
 def _order(entry: tuple[str, int]) -> tuple[int, int]:
     return (["none", *PLANTED, CONSTANT].index(entry[0]), entry[1])
 
 
-def _constants(rows: list[dict[str, Any]]) -> list[str]:
+def _constants(rows: list[Row]) -> list[str]:
     """What is said of the network whose outliers no factor can undo."""
     by_arm = {row["arm"]: row for row in rows}
     lines: list[str] = []
