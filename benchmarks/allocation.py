@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -57,13 +57,12 @@ def main() -> None:
     parser.add_argument("--ranking", nargs="*", default=list(RANKINGS), choices=RANKINGS)
     arguments = parser.parse_args()
     for model in arguments.models:
-        for _ in _measure(model, arguments.work, arguments.rounding, arguments.ranking):
-            _write(arguments.work, arguments.docs)
+        _measure(model, arguments.work, arguments.docs, arguments.rounding, arguments.ranking)
     _write(arguments.work, arguments.docs)
 
 
-def _measure(model: str, work: Path, roundings: Sequence[str], rankings: Sequence[str]) -> Iterator[Path]:
-    """Measure the rows that the work folder lacks; yields the file of each."""
+def _measure(model: str, work: Path, docs: Path, roundings: Sequence[str], rankings: Sequence[str]) -> None:
+    """Measure the rows that the work folder lacks; each goes onto the page."""
     source, guidance = open_source(model), MODELS[model]
     data = source.collect(
         guidance_scale=guidance,
@@ -105,7 +104,7 @@ def _measure(model: str, work: Path, roundings: Sequence[str], rankings: Sequenc
             labels = {"model": model, "rounding": rounding, "ranking": ranking, "kind": kind, "slack": slack}
             write_json(path, row | labels | {"key": key} | origin(SEED))
             print(*labels.values(), f"{row['median_db']:.1f} {row['endpoint_db']:.1f}", flush=True)
-            yield path
+            _write(work, docs)
 
 
 def _known(folder: Path, key: str) -> dict[str, Any] | None:

@@ -50,8 +50,8 @@ class Cell:
     seed: int
 
     @property
-    def file(self) -> str:
-        return f"{self.model}-{self.preset}-{self.arm.replace(' ', '-')}-{self.seed}.json"
+    def name(self) -> str:
+        return f"{self.model}-{self.preset}-{self.arm.replace(' ', '-')}-{self.seed}"
 
 
 def cells() -> Iterator[Cell]:
@@ -73,7 +73,7 @@ def main() -> None:
     arguments = parser.parse_args()
     warnings.simplefilter("ignore", QDiffWarning)  # W4A4 is doubtful; its figures are in the table
     yardsticks: dict[str, tuple[Source, Yardstick]] = {}
-    known = {Path(cell.file).stem: cell for cell in cells()}
+    known = {cell.name: cell for cell in cells()}
     for name in matching(known, arguments.cells):
         cell, path = known[name], arguments.work / f"{name}.json"
         if not path.exists():
@@ -117,7 +117,8 @@ def _measure(cell: Cell, source: Source, yardstick: Yardstick, work: Path) -> di
 
 def _write(work: Path, docs: Path) -> None:
     kept = docs / "results-equalization.json"
-    finished = [read_json(work / cell.file) for cell in cells() if (work / cell.file).exists()]
+    files = [work / f"{cell.name}.json" for cell in cells()]
+    finished = [read_json(file) for file in files if file.exists()]
     rows = list(gathered(finished, kept, itemgetter(*Cell.__dataclass_fields__)).values())
     write_json(kept, {"cells": rows})
     lines = [

@@ -49,8 +49,8 @@ class Cell:
     arm: str
 
     @property
-    def file(self) -> str:
-        return "-".join(str(item).replace(" ", "-") for item in vars(self).values()) + ".json"
+    def name(self) -> str:
+        return "-".join(str(item).replace(" ", "-") for item in vars(self).values())
 
 
 def cells(model: str) -> Iterator[Cell]:
@@ -78,13 +78,13 @@ def main() -> None:
     parser.add_argument("--cells", nargs="*", default=["*"], help="patterns of rows to measure; written are all")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore", QDiffWarning)  # ruined models are the point; their figures are in the table
-    known = {Path(cell.file).stem: cell for model in arguments.models for cell in cells(model)}
+    known = {cell.name: cell for model in arguments.models for cell in cells(model)}
     chosen = [known[name] for name in matching(known, arguments.cells)]
     for model in dict.fromkeys(cell.model for cell in chosen):
         source = open_source(model)
         data, held = samples(source, MODELS[model], arguments.work)
         for cell in (cell for cell in chosen if cell.model == model):
-            path = arguments.work / cell.file
+            path = arguments.work / f"{cell.name}.json"
             if not path.exists():
                 target = _unplanted(cell, arguments.work, arguments.docs) if cell.arm == "target" else None
                 write_json(path, _measure(cell, source.unet, data, held, target))
@@ -98,7 +98,7 @@ def _unplanted(cell: Cell, work: Path, docs: Path) -> float:
     wanted = Cell(cell.model, "none", 1, cell.preset, "equalised")
     row = _rows(work, docs / PAGE).get(astuple(wanted))
     if row is None:
-        raise SystemExit(f"the target of {cell.file} is the figure of {wanted.file}: measure that first")
+        raise SystemExit(f"the target of {cell.name} is the figure of {wanted.name}: measure that first")
     return float(row["median_db"])
 
 
@@ -134,7 +134,7 @@ def _measure(
 
 
 def _rows(work: Path, kept: Path) -> Mapping[Hashable, Row]:
-    files = [work / cell.file for model in MODELS for cell in cells(model)]
+    files = [work / f"{cell.name}.json" for model in MODELS for cell in cells(model)]
     return gathered(map(read_json, filter(Path.exists, files)), kept, itemgetter(*Cell.__dataclass_fields__))
 
 

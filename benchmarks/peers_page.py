@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -117,7 +117,7 @@ def _distances(own: Mapping[str, Mapping[str, Any]]) -> str:
     found = [row["distribution"] for row in own.values() if row.get("distribution")]
     if not found:
         return ""
-    counts = _listed(f"{item['samples']:,}" for item in found)
+    counts = ", ".join(dict.fromkeys(f"`{item['samples']:,}`" for item in found))
     return (
         f"Frechet distance of {counts} samples, DDIM-{found[0]['steps']}, from {found[0]['reference']} "
         f"({found[0]['reference_samples']:,} images): {found[0]['extractor']}. It is no FID.\n\n"
@@ -146,7 +146,3 @@ def _versions(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     for row in rows.values():
         found |= {name: version for name, version in row["versions"].items() if version}
     return found
-
-
-def _listed(items: Iterable[str]) -> str:
-    return ", ".join(f"`{item}`" for item in dict.fromkeys(items))

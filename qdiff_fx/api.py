@@ -35,7 +35,7 @@ from qdiff_fx.examples import example_call
 from qdiff_fx.fake_quantize import NoiseLevel
 from qdiff_fx.graph.capture import capture
 from qdiff_fx.graph.edit import freeze_parameters, pruned, shared_copy
-from qdiff_fx.identity import digest, run_identity, state_digest
+from qdiff_fx.identity import config_digest, digest, state_digest
 from qdiff_fx.kernels import select_backend
 from qdiff_fx.lowering import check_choices
 from qdiff_fx.model import PreparedUNet, QuantizedUNet
@@ -176,7 +176,8 @@ def sensitivity(
     seed = prepared.qdiff_config.seed
     identity = ""
     if folder is not None:
-        identity = digest(f"{run_identity(prepared, data, batch_size)} {state_digest(prepared)} {samples}")
+        config, state = config_digest(prepared.qdiff_config), state_digest(prepared)
+        identity = digest(f"{config} {batch_size} {data.fingerprint} {state} {samples}")
     return measure_sensitivity(
         prepared.graph_module,
         prepared.signature,

@@ -23,6 +23,7 @@ from qdiff_fx.report.documents import calibration_document, stored_bytes
 from qdiff_fx.report.inspection import inspect_prepared
 from qdiff_fx.report.tables import decibels, file_size
 from qdiff_fx.safe_io import read_json, write_json
+from qdiff_fx.stages.fit import compares_networks
 
 _DATA, _RUN, _BUILT = _WORK_FOLDERS = ("calibration", "calibration-run", "built")
 """What a run keeps in its work folder: inputs, the state of calibrate(), the finished model."""
@@ -140,8 +141,8 @@ def _build(
 
 def _settings(config: QDiffConfig, preset: str | None) -> str:
     """A name for what calibrate() keeps: the same for every target, which starts from the same fit and rounding."""
-    compares = preset is not None or config.target_sqnr is not None  # networks, on rows that are not fitted then
-    return digest(f"{config_digest(config)} {preset} {compares}")[:16]
+    fewer_rows = compares_networks(config, learns=preset is not None)
+    return digest(f"{config_digest(config)} {preset} {fewer_rows}")[:16]
 
 
 def _publish(source: Source, built: Path, out: Path) -> None:

@@ -11,6 +11,7 @@ from qdiff_fx.allocation.attention_factors import fold_attention_factors
 from qdiff_fx.allocation.channel_factors import FactorChoice
 from qdiff_fx.calibration import CalibrationSet
 from qdiff_fx.calibration.driver import fit_activations, fit_weights, observe, reset
+from qdiff_fx.config import QDiffConfig
 from qdiff_fx.fake_quantize import QuantizerMode
 from qdiff_fx.graph.memory import row_memory, rows_within
 from qdiff_fx.identity import run_identity
@@ -58,6 +59,11 @@ def hold_out(data: CalibrationSet, holdout: CalibrationSet | None, seed: int) ->
         )
         return data, data
     return data.split(HOLDOUT_SHARE, seed=seed)
+
+
+def compares_networks(config: QDiffConfig, *, learns: bool) -> bool:
+    """Whether a run chooses between networks, and so sets rows aside for it (`split_selection`)."""
+    return learns or config.target_sqnr is not None
 
 
 def split_selection(data: CalibrationSet, seed: int) -> tuple[CalibrationSet, CalibrationSet]:

@@ -16,7 +16,7 @@ from qdiff_fx.numerics.metrics import finite_or_none
 from qdiff_fx.reconstruction import BlockResult, ReconstructionConfig
 from qdiff_fx.stages.biases import correct_biases, layer_input_means
 from qdiff_fx.stages.decide import decide
-from qdiff_fx.stages.fit import equalize_attentions, hold_out, observe_and_fit, split_selection
+from qdiff_fx.stages.fit import compares_networks, equalize_attentions, hold_out, observe_and_fit, split_selection
 from qdiff_fx.stages.learn import learn_blocks
 from qdiff_fx.stages.quality import error_rows, guard, measure_quality
 from qdiff_fx.stages.target import meet_target
@@ -36,7 +36,7 @@ def run_stages(
     config, folder = prepared.qdiff_config, None if checkpoint_dir is None else Path(checkpoint_dir)
     data, held = hold_out(data, holdout, config.seed)
     selection = data
-    if reconstruction is not None or config.target_sqnr is not None:
+    if compares_networks(config, learns=reconstruction is not None):
         data, selection = split_selection(data, config.seed + 1)
     folded = equalize_attentions(prepared, data, progress=progress)
     observe_and_fit(prepared, data, batch_size, folder, progress)

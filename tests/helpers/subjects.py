@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
-from diffusers import UNet2DConditionModel, UNet2DModel
+from diffusers import DDIMScheduler, UNet2DConditionModel, UNet2DModel
 from torch import Tensor, nn
 
 import qdiff_fx
@@ -41,6 +42,14 @@ def unconditional_unet(**changes: Any) -> UNet2DModel:
         "attention_head_dim": 4,
     }
     return UNet2DModel(**SIZES | blocks | changes).eval()
+
+
+def pipeline_folder(folder: Path) -> Path:
+    """Write unet/ and scheduler/ of an unconditional pipeline, always of the same weights; returns `folder`."""
+    torch.manual_seed(0)
+    unconditional_unet().save_pretrained(folder / "unet")
+    DDIMScheduler(clip_sample=False).save_pretrained(folder / "scheduler")
+    return folder
 
 
 def conditional_unet(**changes: Any) -> UNet2DConditionModel:
