@@ -82,7 +82,7 @@ def set_carrier(plan: fx.GraphModule, signature: CallSignature, dtype: torch.dty
         elif node.op == "call_function" and not FIXED_DTYPE.get(node):
             node.args = fx.node.map_aggregate(node.args, lambda item: dtype if item == old else item)
             node.kwargs = fx.node.map_aggregate(node.kwargs, lambda item: dtype if item == old else item)
-    _cast_into_layers(plan, dtype)
+    _cast_into_layers(plan, signature.timestep, dtype)
     plan.graph.lint()
     plan.recompile()
     inputs = tuple(
@@ -121,20 +121,20 @@ def _scale_nodes(graph: fx.Graph) -> dict[fx.Node, None]:
     return found
 
 
-def _cast_into_layers(plan: fx.GraphModule, dtype: torch.dtype) -> None:
+def _cast_into_layers(plan: fx.GraphModule, timestep: str | None, dtype: torch.dtype) -> None:
     """Cast what timestep arithmetic hands to a carrier-type layer without a cast of its own."""
     for node in plan.graph.nodes:
         source = node.args[0] if node.target in LAYER_OPERATORS else None
-        if isinstance(source, fx.Node) and _stays_float32(source):
+        if isinstance(source, fx.Node) and _stays_float32(source, timestep):
             with plan.graph.inserting_before(node):
                 node.update_arg(0, create_call(plan.graph, aten.to.dtype, (source, dtype), like=source))
 
 
-def _stays_float32(node: fx.Node) -> bool:
+def _stays_float32(node: fx.Node, timestep: str | None) -> bool:
     pending = [node]
     while pending:
         current = pending.pop()
-        if FIXED_DTYPE.get(current):
+        if FIXED_DTYPE.get(current) or (current.op == "placeholder" and current.name == timestep):
             return True
         if current.op == "call_function" and current.target not in (aten.to.dtype, *LAYER_OPERATORS):
             if not isinstance(current.meta.get("val"), Tensor) or str(current.target).startswith("qdiff"):

@@ -220,7 +220,8 @@ def convert(
         both are installed, and take the faster one. Off, x86 runs every integer layer on integers, and cuda chooses by
         its performance model.
       dtype: the carrier type; None keeps the model's own.
-      release: consume `prepared`: its floating weights are freed as they are packed, it cannot be used again.
+      release: consume `prepared`: its floating weights are freed as they are packed, it cannot be used again, not even
+        after an error that comes later than the check of the backend.
       progress: show progress bars; None does so on a terminal.
 
     Raises:

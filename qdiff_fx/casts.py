@@ -12,10 +12,15 @@ from qdiff_fx.errors import QDiffWarning
 
 
 def keeping_types(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """`fn`, which a module applies to each of its tensors, without its casts: scales stay float32, unrounded."""
+    """`fn`, which a module applies to each of its tensors, without its casts: scales stay float32, unrounded.
+
+    Integers that stay on their device stay where they are, which may be in a mapped file, in the layout that they have.
+    """
 
     def moved(tensor: Tensor) -> Tensor:
         result = fn(tensor)
+        if result.device == tensor.device and not tensor.is_floating_point():
+            return tensor
         return result if result.dtype == tensor.dtype else tensor.to(result.device)
 
     return moved

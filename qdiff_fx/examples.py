@@ -31,7 +31,7 @@ def example_call(unet: nn.Module) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
     height, width = (sides, sides) if isinstance(sides, int) else sides
     height, width = (max(multiple, min(side, _LARGEST_SIDE) // multiple * multiple) for side in (height, width))
     sample = torch.zeros(_BATCH, config["in_channels"], height, width)
-    args: tuple[Tensor, ...] = (sample, torch.zeros(_BATCH))
+    args: tuple[Tensor, ...] = (sample, torch.zeros(_BATCH, dtype=torch.float32))
     kwargs: dict[str, Any] = {}
     context = config.get("cross_attention_dim")
     if context is not None:
@@ -40,7 +40,7 @@ def example_call(unet: nn.Module) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
     if config.get("num_class_embeds"):
         kwargs["class_labels"] = torch.zeros(_BATCH, dtype=torch.int64)
     elif config.get("class_embed_type") == "timestep":
-        kwargs["class_labels"] = torch.zeros(_BATCH)
+        kwargs["class_labels"] = torch.zeros(_BATCH, dtype=torch.float32)
     elif config.get("class_embed_type") in ("projection", "simple_projection"):
         kwargs["class_labels"] = torch.zeros(_BATCH, config["projection_class_embeddings_input_dim"])
     if config.get("addition_embed_type") == "text_time":

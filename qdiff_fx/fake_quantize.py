@@ -61,7 +61,7 @@ class ActivationQuantizer(nn.Module):
         self.name, self.spec, self.channel_axis, self.noise_level = name, spec, channel_axis, noise_level
         self.observer_name, self.seed = observer, seed
         self.mode = QuantizerMode.OBSERVE
-        self.register_buffer("scale", torch.ones(()))
+        self.register_buffer("scale", torch.ones((), dtype=torch.float32))
         self.register_buffer("zero_point", torch.zeros((), dtype=torch.int32))
         self.register_buffer("channel_factor", None)
         self.reset()
@@ -118,7 +118,7 @@ class WeightQuantizer(nn.Module):
         self.name, self.spec, self.observer_name, self.groups, self.seed = name, spec, observer, groups, seed
         self.mode = QuantizerMode.PASS
         self.calibrated = False
-        self.register_buffer("scale", torch.ones(1))
+        self.register_buffer("scale", torch.ones(1, dtype=torch.float32))
         self.register_buffer("zero_point", torch.zeros(1, dtype=torch.int32))
         self.register_buffer("channel_factor", None)
         self.register_buffer("channel_shift", None)

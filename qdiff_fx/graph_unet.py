@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
@@ -13,7 +14,7 @@ from diffusers.utils.outputs import BaseOutput
 from torch import Tensor
 
 from qdiff_fx.casts import keeping_types, warn_of_cast
-from qdiff_fx.errors import InputError
+from qdiff_fx.errors import CheckpointError, InputError
 from qdiff_fx.graph.outputs import OutputStructure
 from qdiff_fx.graph.signature import CallSignature
 from qdiff_fx.graph.skeleton import build_skeleton, output_class, readable
@@ -39,6 +40,7 @@ class GraphUNet(ModelMixin, ConfigMixin):
     config_name = "config.json"  # type: ignore[assignment]
     qdiff_stage = ""
     _other_type = ""
+    _kept_by = ""
     _supports_group_offloading = False  # kernels read the tensors, not the modules that such hooks are put on
     original_class: str
     """Name of the class that the graph was captured from."""
@@ -79,6 +81,21 @@ class GraphUNet(ModelMixin, ConfigMixin):
             f"a {cls.__name__} is a captured graph, which a config does not describe; load it with from_pretrained, "
             f"and a pipeline that holds it with device_map='cuda' or none in the place of 'balanced'"
         )
+
+    def __copy__(self) -> Self:
+        return self._remade(dict(self.__getstate__()))  # type: ignore[no-untyped-call]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self._remade(copy.deepcopy(self.__getstate__(), memo))  # type: ignore[no-untyped-call]
+
+    def _remade(self, state: dict[str, Any]) -> Self:
+        result = type(self).__new__(type(self))
+        result.__setstate__(state)  # type: ignore[no-untyped-call]
+        return result
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refused: what the graph's nodes know of the model is lost in a pickle, which is no safe file either."""
+        raise CheckpointError(f"a {type(self).__name__} is not pickled (torch.save does that); {self._kept_by}")
 
     def _skeleton(self) -> torch.nn.Module | None:
         """The original without weights, built at the first read; no submodule of this one."""

@@ -94,6 +94,7 @@ class LoweringReport:
       extra_quantize_steps: quantize steps beyond one a tensor, for layers that are better off with their own.
       timings: of this machine, with those taken for this report; {} unless kernels were chosen by timing.
       steps: milliseconds that one call of the example's sizes took on each backend; {} unless it was chosen by that.
+      refused: backends that could not be timed against the others, and why.
     """
 
     backend: str
@@ -101,6 +102,7 @@ class LoweringReport:
     extra_quantize_steps: int = 0
     timings: Timings = field(default_factory=dict)
     steps: Mapping[str, float] = field(default_factory=dict)
+    refused: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def total_bytes(self) -> int:
@@ -126,6 +128,8 @@ class LoweringReport:
         if self.steps:
             took = ", ".join(f"{name} {value:.4g} ms" for name, value in self.steps.items())
             summary += f"; taken for the fastest step: {took}"
+        for name, reason in self.refused.items():
+            summary += f"; not {name}: {reason}"
         return "\n".join([*table, summary])
 
 

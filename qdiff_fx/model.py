@@ -37,7 +37,7 @@ from qdiff_fx.lowering import LoweringReport, check_choices, lower, offload
 from qdiff_fx.passes.base import PassResult
 from qdiff_fx.passes.carrier import check_carrier, set_carrier
 from qdiff_fx.safe_io import write_bytes
-from qdiff_fx.step_timing import step_milliseconds
+from qdiff_fx.step_timing import lower_to_fastest
 
 logger = logging.getLogger(__name__)
 
@@ -53,11 +53,13 @@ def _compiler_options(backend: Any) -> dict[str, Any]:
 
 
 def _with_dynamic_sizes(compiled: Callable[..., Any], signature: CallSignature) -> Callable[..., Any]:
-    """`compiled`, told of every call which sizes may change."""
+    """`compiled`, told of every call which sizes may change, and of no grad mode: a change of it would compile anew."""
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def run(*inputs: Tensor) -> Any:
         # Marks are kept on the tensor object: on the caller's own they would bind every other compiled model.
-        inputs = tuple(value.detach() for value in inputs)
+        inputs = tuple(value.clone() if value.is_inference() else value.detach() for value in inputs)
         for item, value in zip(signature.inputs, inputs, strict=True):
             for axis, size in enumerate(item.shape):
                 # A dimension of 1 is always a constant to the compiler: batch 1 costs one more compilation.
@@ -83,6 +85,7 @@ class PreparedUNet(GraphUNet):
 
     qdiff_stage = "prepared"
     _other_type = "cast the original before prepare(), or use qdiff_fx.convert(prepared, dtype={})"
+    _kept_by = "calibrate(checkpoint_dir=) keeps what it fits, and qdiff_fx.save what convert() returns"
 
     def __init__(
         self,
@@ -122,6 +125,7 @@ class QuantizedUNet(GraphUNet):
 
     qdiff_stage = "quantized"
     _other_type = "use qdiff_fx.convert(prepared, dtype={}), or qdiff_fx.load(folder, dtype={})"
+    _kept_by = "use qdiff_fx.save(model, folder) and qdiff_fx.load(folder)"
     lowered: fx.GraphModule
     _separate: fx.GraphModule | None
 
@@ -173,24 +177,24 @@ class QuantizedUNet(GraphUNet):
         self.plan.to(self.device)
         machine = machine_signature(self.device) if self.autotune else ""
         known = self.timings.get(machine, {}) if self.autotune else None
-        found = {
-            name: lower(self.plan, name, self.signature, strict=self.strict, timings=known, progress=progress)
-            for name in names
-        }
-        for _, report in found.values():
-            if report.timings:
-                self.timings[machine] = report.timings
-        steps = kept.steps if kept is not None and names == (kept.backend,) else {}
-        if len(found) > 1:
-            steps = step_milliseconds({name: graph_module for name, (graph_module, _) in found.items()}, self.plan)
-        self.backend = min(names, key=lambda name: steps.get(name, 0.0))
-        lowered, report = found[self.backend]
-        self._report = replace(report, steps=steps)
+
+        def to(name: str) -> tuple[fx.GraphModule, LoweringReport]:
+            return lower(self.plan, name, self.signature, strict=self.strict, timings=known, progress=progress)
+
+        if len(names) > 1:
+            lowered, report = lower_to_fastest(self.plan, names, to)
+        else:
+            lowered, report = to(*names)
+            if kept is not None and kept.backend == report.backend:
+                report = replace(report, steps=kept.steps, refused=kept.refused)
+        if report.timings:
+            self.timings[machine] = report.timings
+        self.backend, self._report = report.backend, report
         # Not a submodule: its packed weights can neither be copied nor saved, and the plan owns all the rest.
         self.__dict__["lowered"] = lowered
         if self.device.type == "cuda":
             offload(self.plan, lowered)
-        fallbacks = [row for row in self._report.rows if row.fallback and not row.simulated]
+        fallbacks = [row for row in report.rows if row.fallback and not row.simulated]
         if self.strict and fallbacks:
             first = fallbacks[0]
             raise BackendError(
@@ -284,6 +288,8 @@ class QuantizedUNet(GraphUNet):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         placement = fn(torch.empty(0, device=self.device)).device
+        if placement != self.device:
+            select_backend(self.requested_backend, placement.type)  # before anything is moved
         super()._apply(fn, recurse)
         if placement != self.device:
             self.__dict__["_separate"] = None

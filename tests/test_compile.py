@@ -121,6 +121,20 @@ def test_inductor_serves_every_batch_and_resolution(quantized_sketch: qdiff_fx.Q
             assert (quantized(*inputs) - wanted).abs().max() < 0.05 * wanted.abs().max()
 
 
+def test_a_change_of_grad_mode_compiles_nothing_anew(
+    preparer: Preparer, sketch: nn.Module, no_recompiles: None
+) -> None:
+    quantized = qdiff_fx.convert(preparer.fitted(sketch), backend="reference").compile(backend="eager")
+    plain = sketch_inputs()
+    wanted = quantized(*plain)
+    with torch.inference_mode():
+        inference = tuple(value.clone() for value in plain)
+    for mode in (torch.no_grad, torch.inference_mode, torch.enable_grad):
+        for inputs in (plain, inference):
+            with mode():
+                assert torch.equal(quantized(*inputs), wanted)
+
+
 def test_compiling_leaves_the_callers_tensors_unmarked(preparer: Preparer, sketch: nn.Module) -> None:
     """A mark on them would make every other compiled model that reads them dynamic, or fail."""
     quantized = qdiff_fx.convert(preparer.fitted(sketch), backend="reference").compile(backend=CountingBackend())

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import inspect
+import io
+import pickle
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +18,10 @@ from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 from torch import Tensor, nn
 
 import qdiff_fx
-from qdiff_fx.errors import InputError, QDiffWarning
+from qdiff_fx import kernels
+from qdiff_fx.errors import BackendError, CheckpointError, InputError, QDiffWarning
 from qdiff_fx.fake_quantize import QuantizerMode
+from qdiff_fx.kernels import BACKENDS
 from subjects import CONTEXT, Preparer, calls_of, signal_to_noise, sketch_inputs
 
 
@@ -189,6 +194,45 @@ def test_a_prepared_model_can_be_copied_before_it_is_calibrated(preparer: Prepar
         assert torch.equal(twin(*inputs), prepared(*inputs))
     qdiff_fx.calibrate(twin, calls_of(sketch), progress=False)
     assert twin.calibrated and not prepared.calibrated
+
+
+def test_a_shallow_copy_is_lowered_too(quantized: qdiff_fx.QuantizedUNet) -> None:
+    twin, x = copy.copy(quantized), _noise()
+    assert twin.plan is quantized.plan and twin.lowered is not quantized.lowered
+    assert torch.equal(twin(x, 3).sample, quantized(x, 3).sample)
+
+
+@pytest.mark.parametrize("write", [pickle.dumps, lambda model: torch.save(model, io.BytesIO())])
+def test_a_pickle_is_refused_and_the_error_names_save(
+    write: Callable[[nn.Module], Any], preparer: Preparer, sketch: nn.Module, quantized: qdiff_fx.QuantizedUNet
+) -> None:
+    with pytest.raises(CheckpointError, match=r"QuantizedUNet is not pickled .* use qdiff_fx.save\(model, folder\)"):
+        write(quantized)
+    with pytest.raises(CheckpointError, match=r"PreparedUNet is not pickled .* calibrate\(checkpoint_dir=\) keeps"):
+        write(preparer(sketch, example_inputs=sketch_inputs()))
+
+
+def test_a_refused_move_moves_nothing(preparer: Preparer, sketch: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    quantized, inputs = qdiff_fx.convert(preparer.fitted(sketch), backend="reference"), sketch_inputs()
+    wanted = quantized(*inputs)
+    elsewhere = replace(BACKENDS["reference"], unavailable=lambda device: None if device == "cpu" else "not there")
+    monkeypatch.setattr(kernels, "BACKENDS", {**BACKENDS, "reference": elsewhere})
+    with pytest.raises(BackendError, match="cannot run here: not there"):
+        quantized.to("meta")
+    assert quantized.device.type == "cpu" and torch.equal(quantized(*inputs), wanted)
+    assert {tensor.device.type for tensor in (*quantized.plan.buffers(), *quantized.plan.parameters())} == {"cpu"}
+
+
+def test_a_layout_copies_no_integer_weights(preparer: Preparer, sketch: nn.Module) -> None:
+    """They may be mapped to their file, and kernels have layouts of their own."""
+    quantized, inputs = qdiff_fx.convert(preparer.fitted(sketch), backend="reference"), sketch_inputs()
+    wanted = quantized(*inputs)
+    integers = {
+        name: tensor.data_ptr() for name, tensor in quantized.plan.named_buffers() if not tensor.is_floating_point()
+    }
+    assert integers
+    assert torch.equal(quantized.to(memory_format=torch.channels_last)(*inputs), wanted)
+    assert integers == {name: quantized.plan.get_buffer(name).data_ptr() for name in integers}
 
 
 def test_moving_to_the_device_where_it_is_changes_nothing(quantized: qdiff_fx.QuantizedUNet) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,9 +11,10 @@ import torch
 from torch import nn
 
 import qdiff_fx
-from qdiff_fx import kernels, model
+from qdiff_fx import kernels, lowering, model, step_timing
 from qdiff_fx.autotune import x86
 from qdiff_fx.autotune.layer_size import LayerSize
+from qdiff_fx.errors import BackendError
 from qdiff_fx.graph.meta import LayerTiming
 from qdiff_fx.kernels import BACKENDS, RIVALS
 from qdiff_fx.step_timing import step_milliseconds
@@ -45,7 +47,7 @@ def test_the_faster_step_decides_once(
         calls.append(list(lowered))
         return {name: 1.5 if name == fastest else 20.0 for name in lowered}
 
-    monkeypatch.setattr(model, "step_milliseconds", clock)
+    monkeypatch.setattr(step_timing, "step_milliseconds", clock)
     quantized = qdiff_fx.convert(prepared, autotune=True)
     assert quantized.backend == quantized.lowering_report().backend == fastest
     text = str(quantized.lowering_report())
@@ -55,10 +57,31 @@ def test_the_faster_step_decides_once(
     assert clone.backend == fastest and str(clone.lowering_report()) == text
 
 
+def test_a_backend_that_refuses_the_network_leaves_it_to_the_others(
+    prepared: qdiff_fx.PreparedUNet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refusing(*names: str) -> Callable[..., Any]:
+        def lower(plan: Any, backend: str, *args: Any, **options: Any) -> Any:
+            if backend in names:
+                raise BackendError(f"{backend} has no aten.roll")
+            return lowering.lower(plan, backend, *args, **options)
+
+        return lower
+
+    monkeypatch.setattr(model, "lower", refusing("openvino"))
+    quantized = qdiff_fx.convert(prepared, autotune=True)
+    text = str(quantized.lowering_report())
+    assert quantized.backend == "x86" and "; not openvino: openvino has no aten.roll" in text
+    assert str(copy.deepcopy(quantized).lowering_report()) == text
+    monkeypatch.setattr(model, "lower", refusing(*RIVALS))
+    with pytest.raises(BackendError, match=r"x86 has no aten.roll; openvino has no aten.roll"):
+        qdiff_fx.convert(prepared, autotune=True)
+
+
 def test_without_autotune_or_by_name_nothing_is_timed(
     prepared: qdiff_fx.PreparedUNet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(model, "step_milliseconds", None)
+    monkeypatch.setattr(step_timing, "step_milliseconds", None)
     assert qdiff_fx.convert(prepared).backend == "x86"
     assert qdiff_fx.convert(prepared, backend="openvino", autotune=True).backend == "openvino"
     monkeypatch.setattr(kernels, "RIVALS", ("x86",))  # as where the package is missing

@@ -49,6 +49,8 @@ def run_in_carrier(match: IntegerLayer, graph_module: fx.GraphModule, reason: st
     source: Any = match.x.args[0]
     name = f"kept_{layer.name}_weight"
     with graph.inserting_before(layer):
+        if source.meta["val"].dtype != match.output_dtype:  # timestep arithmetic is float32 in every carrier
+            source = create_call(graph, aten.to.dtype, (source, match.output_dtype), like=source)
         weight = add_constant(graph_module, name, carrier_weight(match, graph_module))
         weight.meta["val"] = value_like(layer, get_tensor(graph_module, name))
         geometry = match.geometry if match.is_conv2d else ()

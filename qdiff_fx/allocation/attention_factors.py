@@ -153,7 +153,9 @@ class _Recorder(fx.Interpreter):
             channels = torch.arange(source.shape[axis], device=value.device)
             index = channels.view([-1 if position == axis else 1 for position in range(source.ndim)])
             moved = self._replay(index.expand(source.shape), path.layer.node, path.moves)
-            by_channel = seen.maxima.setdefault(operand, torch.zeros(len(channels), device=value.device))
+            by_channel = seen.maxima.setdefault(
+                operand, torch.zeros(len(channels), dtype=torch.float32, device=value.device)
+            )
             by_channel.scatter_reduce_(0, moved.flatten(), value.abs().float().flatten(), "amax")
             rows = moved.select(-2, 0)
             if bool((moved == rows.unsqueeze(-2)).all()):

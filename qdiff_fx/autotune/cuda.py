@@ -220,11 +220,11 @@ def _constants(
 
     shifts = integers(groups * 2 * ceil(depth / 2), low=0, high=4) if "shifts" in size.weights else None
     constants = (
-        torch.full((outputs,), 1e-6, device=device),
+        torch.full((outputs,), 1e-6, dtype=torch.float32, device=device),
         torch.zeros(patterns, outputs, dtype=torch.int32, device=device),
         integers(outputs, low=0, high=16) if packed else None,
         shifts,
-        torch.zeros(outputs, device=device),
+        torch.zeros(outputs, dtype=torch.float32, device=device),
         *(None, None, None),  # embedding, inv_scale, residual
     )
     return _copies(lambda: integers(outputs, length), device), constants

@@ -61,8 +61,8 @@ def _conv2d_runs(size: LayerSize) -> tuple[Callable[[], Any], Callable[[], Any]]
     layout = {"memory_format": torch.channels_last}
     (shape,) = size.weight_shapes
     x, codes = (value.contiguous(**layout) for value in _inputs(size))
-    weight, bias = torch.randn(shape).to(size.dtype).contiguous(**layout), torch.zeros(shape[0])
-    scale, integers = torch.ones(shape[0]), _integers(size, shape)
+    weight, bias = torch.randn(shape).to(size.dtype).contiguous(**layout), torch.zeros(shape[0], dtype=torch.float32)
+    scale, integers = torch.ones(shape[0], dtype=torch.float32), _integers(size, shape)
     call = conv2d_call(integers, scale, bias, 1.0, 0, size.geometry, list(size.x_shape), size.dtype)
     narrow = bias.to(size.dtype)
     geometry = size.geometry
@@ -81,7 +81,14 @@ def _linear_runs(size: LayerSize) -> tuple[Callable[[], Any], Callable[[], Any]]
     biases = [torch.zeros(shape[0], dtype=size.dtype) for shape in size.weight_shapes]
     outputs = sum(shape[0] for shape in size.weight_shapes)
     integers = _integers(size, (outputs, size.x_shape[-1]))
-    call = linear_call(integers, torch.ones(outputs), torch.zeros(outputs), 1.0, 0, size.dtype)
+    call = linear_call(
+        integers,
+        torch.ones(outputs, dtype=torch.float32),
+        torch.zeros(outputs, dtype=torch.float32),
+        1.0,
+        0,
+        size.dtype,
+    )
 
     def integer() -> None:
         if size.quantized_alone:

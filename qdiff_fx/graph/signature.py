@@ -83,16 +83,7 @@ class CallSignature:
 
     def _conform(self, item: GraphInput, value: Tensor, sample: Tensor) -> Tensor:
         if item.name == self.timestep:
-            value = value.to(device=sample.device, dtype=item.dtype)
-            if len(item.shape) == 1 and value.shape[:1] != sample.shape[:1]:
-                if value.numel() != 1:
-                    raise InputError(
-                        f"{item.name}: {value.numel()} noise levels for a batch of {sample.shape[0]}; "
-                        f"give one value, or one for each sample"
-                    )
-                # Contiguous, so that compiled code meets one set of strides.
-                value = value.reshape(1).expand(sample.shape[0]).contiguous()
-            return value
+            return _noise_levels(item, value.to(device=sample.device, dtype=item.dtype), sample)
         if value.dim() != len(item.shape):
             raise InputError(f"{item.name}: shape {tuple(value.shape)}, captured with {len(item.shape)} dimensions")
         for axis, (size, wanted) in enumerate(zip(value.shape, item.shape, strict=True)):
@@ -106,6 +97,8 @@ class CallSignature:
                 f"{item.name}: {value.shape[0]} rows for a batch of {sample.shape[0]}; "
                 f"repeat it to one for each row of {self.sample} (with guidance, both branches count)"
             )
+        if value.is_floating_point() != item.dtype.is_floating_point and item.name == self.sample:
+            raise InputError(f"{item.name}: {value.dtype}, captured as {item.dtype}; cast and scale it to that")
         return value.to(dtype=item.dtype) if value.is_floating_point() else value
 
     def unflatten(self, inputs: Sequence[Any]) -> dict[str, Any]:
@@ -149,7 +142,7 @@ def derive_signature(
         if value is None or isinstance(value, (bool, str)):
             return {"constant": value}
         if isinstance(value, (int, float)) and argument == timestep_argument:
-            value = torch.tensor([float(value)])
+            value = torch.tensor([float(value)], dtype=torch.float32)
         if isinstance(value, Tensor):
             inputs.append(GraphInput(name=name, argument=argument, dtype=value.dtype, shape=tuple(value.shape)))
             values.append(value)
@@ -203,7 +196,7 @@ def _match(path: str, wanted: Any, given: Any, found: dict[str, Tensor]) -> None
         raise InputError(f"{path} is {state}, at prepare() it was {'' if given is None else 'not '}given; {remedy}")
     ((kind, content),) = wanted.items()
     if kind == "input":
-        found[content] = given if isinstance(given, Tensor) else torch.as_tensor(given)
+        found[content] = given if isinstance(given, Tensor) else _as_tensor(path, given)
     elif kind == "constant":
         if given != content:
             raise InputError(f"{path}={given!r}, captured with the constant {content!r}; {remedy}")
@@ -217,6 +210,26 @@ def _match(path: str, wanted: Any, given: Any, found: dict[str, Tensor]) -> None
             raise InputError(f"{path}: want a {kind} of {len(content)}; {remedy}")
         for index, node in enumerate(content):
             _match_leaf(f"{path}[{index}]", node, given[index], found)
+
+
+def _as_tensor(path: str, given: Any) -> Tensor:
+    try:
+        return torch.as_tensor(given)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{path}={given!r:.60}: want a tensor or a number") from error
+
+
+def _noise_levels(item: GraphInput, value: Tensor, sample: Tensor) -> Tensor:
+    """One noise level for each sample, where the graph takes them so."""
+    if value.numel() == 1 and len(item.shape) < 2:
+        # Contiguous, so that compiled code meets one set of strides.
+        return value.reshape(()).expand(sample.shape[: len(item.shape)]).contiguous()
+    if value.dim() != len(item.shape) or (value.dim() == 1 and len(value) != len(sample)):
+        raise InputError(
+            f"{item.name}: shape {tuple(value.shape)} for a batch of {len(sample)}, captured with {len(item.shape)} "
+            f"dimensions; give one value, or one for each sample"
+        )
+    return value
 
 
 def _match_leaf(path: str, wanted: Any, given: Any, found: dict[str, Tensor]) -> None:

@@ -138,7 +138,7 @@ def attention(
     if operand_scales:
         spec = QuantSpec(bits=operand_bits)
         operands = [
-            fake_quantize(operand, torch.tensor(step, device=operand.device), zero_point, spec)
+            fake_quantize(operand, torch.tensor(step, dtype=torch.float32, device=operand.device), zero_point, spec)
             for operand, step, zero_point in zip(operands, operand_scales, operand_zero_points, strict=True)
         ]
     query, key, value = operands

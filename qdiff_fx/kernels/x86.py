@@ -135,7 +135,7 @@ def known_answers_hold() -> bool:
     """
     channels = 64
     x = torch.full((1, channels, 4, 4), 255, dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
-    scale = torch.ones(channels)
+    scale = torch.ones(channels, dtype=torch.float32)
     weight = torch.full((channels, channels, 3, 3), 127, dtype=torch.int8)
     geometry: Geometry = ([1, 1], [0, 0], [1, 1], 1)
     conv = conv2d_call(weight, scale, None, 1.0, 0, geometry, list(x.shape), torch.float32)(x)

@@ -38,7 +38,7 @@ def attention_scale(query: Tensor, scale: float | None) -> float:
 
 def probability_step(probabilities: QuantSpec) -> Float[Tensor, ""]:
     """1 / qmax: the largest code is a probability of 1."""
-    return torch.tensor(1.0 / probabilities.qmax)
+    return torch.tensor(1.0 / probabilities.qmax, dtype=torch.float32)
 
 
 def attend(

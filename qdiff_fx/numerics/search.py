@@ -52,8 +52,8 @@ def search_mse(
     rows = x.detach().reshape(-1, x.shape[-1])
     lowest = rows.amin(dim=1) if minimum is None else minimum.reshape(-1)
     highest = rows.amax(dim=1) if maximum is None else maximum.reshape(-1)
-    shrinks = torch.tensor([1.0 - _LARGEST_SHRINK * index / candidates for index in range(candidates)])[:, None]
-    shrinks = shrinks.to(rows.device)
+    steps = [1.0 - _LARGEST_SHRINK * index / candidates for index in range(candidates)]
+    shrinks = torch.tensor(steps, dtype=torch.float32, device=rows.device)[:, None]
     # One call for all candidates: 80 small ones cost more than the errors of a narrow layer.
     scales, zero_points = qparams_from_range(
         lowest.to(torch.float32) * shrinks, highest.to(torch.float32) * shrinks, spec

@@ -43,7 +43,7 @@ class BlockRounding:
         self.variable = initial_variable(torch.cat([grid.fraction.reshape(-1) for grid in grids]))
         self.free = self.gap != 0
         self._flat, self._weight_gradient = torch.empty_like(self.gap), torch.empty_like(self.gap)
-        self._workspace = torch.empty(4, len(self.gap), device=self.gap.device)
+        self._workspace = self.gap.new_empty(4, len(self.gap))
 
     @torch.no_grad()
     def soft_weights(self) -> list[Tensor]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import qdiff_fx
 from qdiff_fx import model
@@ -21,7 +21,7 @@ from qdiff_fx.errors import CheckpointError, DiskError, InputError
 from qdiff_fx.graph.meta import LayerTiming
 from qdiff_fx.kernels import BACKENDS
 from qdiff_fx.kernels.x86_native import AVX2, VNNI
-from subjects import sketch_inputs
+from subjects import PLAIN, sketch_inputs
 
 _REASON = BACKENDS["x86"].unavailable("cpu")
 pytestmark = pytest.mark.skipif(_REASON is not None, reason=str(_REASON))
@@ -85,6 +85,30 @@ def test_the_faster_kernel_is_taken_and_reported(prepared: qdiff_fx.PreparedUNet
     full = qdiff_fx.convert(prepared, backend="reference")(*inputs)
     # Fewer roundings than the plan's, on the same weights.
     assert (tuned(*inputs) - full).abs().max() < 0.1 * full.abs().max()
+
+
+class Embedding(nn.Module):
+    """Hands timestep arithmetic, float32 in every carrier, to a linear without a cast."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.conv = nn.Linear(2, 8), nn.Conv2d(2, 8, 3, padding=1)
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        level = timestep[:, None] / 1000
+        waves = torch.cat([torch.sin(level), torch.cos(level)], dim=1)
+        return torch.sigmoid(self.conv(sample)) * self.embed(waves)[:, :, None, None]
+
+
+@pytest.mark.parametrize("preset", ["w8a8", "w8a32"])  # kept by its time, and by its config
+def test_a_layer_kept_in_a_narrow_carrier_takes_timestep_arithmetic(preset: str, clock: Clock) -> None:
+    inputs, config = sketch_inputs(), qdiff_fx.QDiffConfig.preset(preset, **PLAIN)
+    prepared = qdiff_fx.prepare(Embedding().eval(), config, example_inputs=inputs)
+    qdiff_fx.calibrate(prepared, [(inputs, {})], progress=False)
+    tuned = qdiff_fx.convert(prepared, backend="x86", autotune=True, dtype=torch.bfloat16)
+    (row,) = (row for row in tuned.lowering_report().rows if row.layer == "embed")
+    assert row.kernel == "aten.linear on dequantized weight" and ("timed" in row.fallback) is (preset == "w8a8")
+    assert (tuned(*inputs) - prepared(*inputs)).abs().max() < 0.05
 
 
 def test_equal_sizes_are_timed_once_and_copies_are_not_timed(prepared: qdiff_fx.PreparedUNet, clock: Clock) -> None:

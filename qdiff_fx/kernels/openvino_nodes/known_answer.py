@@ -22,7 +22,7 @@ def known_answers_hold() -> bool:
     placement = program.placement()
     if not (placement["linear"].is_integer and placement["conv"].is_integer):
         return False
-    found = program(torch.full((1, _CHANNELS, 1, 1), 255.0))
+    found = program(torch.full((1, _CHANNELS, 1, 1), 255.0, dtype=torch.float32))
     return all(bool((item == 255.0 * 127.0 * _CHANNELS).all()) for item in found)
 
 
@@ -32,9 +32,11 @@ def question() -> Program:
     The plugin runs other forms, such as uint8 inputs, in floating point, where nothing saturates.
     """
     x = opset.parameter(ov.PartialShape([1, _CHANNELS, 1, 1]), ov.Type.f32, name="x")
-    codes = Codes(x=x.output(0), inv_scale=torch.tensor(1.0), zero_point=0, qmin=0, qmax=255, axis=1, rank=4)
+    codes = Codes(
+        x=x.output(0), inv_scale=torch.tensor(1.0, dtype=torch.float32), zero_point=0, qmin=0, qmax=255, axis=1, rank=4
+    )
     real = codes.dequantized(1.0, from_zero=True)
-    scale = torch.ones(_CHANNELS)
+    scale = torch.ones(_CHANNELS, dtype=torch.float32)
     weight, kernel = (
         weight_in_real_units(torch.full(shape, 127, dtype=torch.int8), scale)
         for shape in ((_CHANNELS, _CHANNELS), (_CHANNELS, _CHANNELS, 3, 3))
@@ -44,5 +46,5 @@ def question() -> Program:
     for name, layer in (("linear", linear), ("conv", conv)):
         layer.set_friendly_name(name)
     model = ov.Model([opset.result(linear), opset.result(conv)], [x], "known_answer")
-    outputs = [torch.empty(0), torch.empty(0)]
+    outputs = [torch.empty(0, dtype=torch.float32)] * 2
     return Program(model, outputs, sequence=True, carrier=torch.float32, threads=1)

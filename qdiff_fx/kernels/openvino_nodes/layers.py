@@ -250,8 +250,8 @@ def _group_norm(
     call: Call, x: Any, groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5, cudnn: bool = True
 ) -> Any:
     channels = int(call.fake(0).shape[1])
-    scale = constant(torch.ones(channels)) if weight is None else output(weight)
-    offset = constant(torch.zeros(channels)) if bias is None else output(bias)
+    scale = constant(torch.ones(channels, dtype=torch.float32)) if weight is None else output(weight)
+    offset = constant(torch.zeros(channels, dtype=torch.float32)) if bias is None else output(bias)
     return opset.group_normalization(output(x), scale, offset, groups, eps).output(0)
 
 
