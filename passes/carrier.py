@@ -10,12 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from qdiff_fx.errors import ConversionError, QDiffWarning
 from qdiff_fx.graph.edit import LAYER_OPERATORS, create_call, get_tensor, set_tensor
 from qdiff_fx.graph.meta import FIXED_DTYPE
-from qdiff_fx.graph.propagate import propagate
+from qdiff_fx.graph.propagate import refresh
 from qdiff_fx.graph.signature import CallSignature
 
 aten = torch.ops.aten
@@ -90,20 +89,8 @@ def set_carrier(plan: fx.GraphModule, signature: CallSignature, dtype: torch.dty
         for item in signature.inputs
     )
     signature = replace(signature, inputs=inputs)
-    _refresh_values(plan, signature)
+    refresh(plan, signature)
     return signature
-
-
-def _refresh_values(plan: fx.GraphModule, signature: CallSignature) -> None:
-    """Give every node the fake value that it has with the signature's dtypes."""
-    fakes: dict[str, FakeTensor] = {}
-    for node in plan.graph.nodes:
-        if node.op == "placeholder":
-            value = node.meta["val"]
-            assert isinstance(value, FakeTensor)
-            with value.fake_mode:
-                fakes[node.name] = value.to(signature.input(node.name).dtype)  # type: ignore[assignment]
-    propagate(plan, next(iter(fakes.values())).fake_mode, fakes, "the converted graph")
 
 
 def _scale_nodes(graph: fx.Graph) -> dict[fx.Node, None]:

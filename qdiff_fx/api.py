@@ -35,6 +35,7 @@ from qdiff_fx.examples import example_call
 from qdiff_fx.fake_quantize import NoiseLevel
 from qdiff_fx.graph.capture import capture
 from qdiff_fx.graph.edit import freeze_parameters, pruned, shared_copy
+from qdiff_fx.graph.propagate import refresh
 from qdiff_fx.identity import config_digest, digest, state_digest
 from qdiff_fx.kernels import select_backend
 from qdiff_fx.lowering import check_choices
@@ -214,8 +215,9 @@ def convert(
       backend: "auto", or a name in `qdiff_fx.kernels.BACKENDS`.
       strict: compute what the plan says everywhere: attention keeps its quantizers, simulated where the backend has
         no integer kernel for it; a layer that would run in floating point instead of integers is refused.
-      autotune: time every layer on integers and in the carrier type, for the sizes of the example call, and take the
-        faster (x86, and cuda, where block shapes and attention are timed too; other backends have nothing to choose);
+      autotune: time every layer on integers and in the carrier type, for the sizes of the calibration set (of the
+        example call, where there was none) and two rows, and take the faster (x86, and cuda, where block shapes and
+        attention are timed too; other backends have nothing to choose);
         `save` keeps the times, by machine. With backend="auto" on a CPU, also time a step on x86 and on openvino, where
         both are installed, and take the faster one. Off, x86 runs every integer layer on integers, and cuda chooses by
         its performance model.
@@ -252,6 +254,8 @@ def convert(
     plan = pruned(graph_module)
     freeze_parameters(plan)
     signature = prepared.signature
+    if shapes := prepared.calibration.get("shapes"):
+        refresh(plan, signature, shapes)
     if dtype is not None:
         signature = set_carrier(plan, signature, dtype)
     return QuantizedUNet(

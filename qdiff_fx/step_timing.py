@@ -1,4 +1,4 @@
-"""The backend that takes the least time for one step of the network, on the sizes of the example call."""
+"""The backend that takes the least time for one step of the network, on the sizes of calibration."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def step_milliseconds(lowered: Mapping[str, fx.GraphModule], plan: fx.GraphModul
 
     Args:
       lowered: by backend; called as they are, not through torch.compile.
-      plan: what they were lowered from; its inputs' sizes in the example call are those that are run.
+      plan: what they were lowered from; its inputs' sizes in calibration are those that are run.
     """
     inputs = example_inputs(plan)  # what the numbers are does not change the time
     times: dict[str, list[float]] = {name: [] for name in lowered}

@@ -77,7 +77,7 @@ def attention_kernels(node: fx.Node, gpu: Gpu | None) -> dict[str, AttentionTile
 
 
 def attention_work(node: fx.Node) -> AttentionWork:
-    """The size of a qdiff.attention in the example call."""
+    """The size of a qdiff.attention in calibration."""
     arguments: Any = node.args
     query, key = ([size_hint(size) for size in shape_of(item) or ()] for item in arguments[:2])
     return AttentionWork(heads=prod(query[:-2]), queries=query[-2], keys=key[-2], head=query[-1])

@@ -35,7 +35,7 @@ class LowerCudaLayers(IntegerLayerPass):
 
     Weights are reordered for the kernels, channels fastest; 4-bit ones stay packed. What the activation's zero point
     adds is folded into a table, s_x into the weights' scale. Block shapes and the kernel of a linear are those that
-    `context.kernels` names, else those with the smallest predicted time for the sizes of the example call.
+    `context.kernels` names, else those with the smallest predicted time for the sizes of calibration.
 
     Left alone: layers whose constants are computed in the graph.
     """

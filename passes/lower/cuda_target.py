@@ -29,7 +29,7 @@ def target_gpu(graph_module: fx.GraphModule) -> Gpu | None:
 
 
 def layer_work(layer: IntegerLayer) -> LayerWork:
-    """The layer's size in the example call."""
+    """The layer's size in calibration."""
     sizes = [size_hint(size) for size in shape_of(layer.node) or ()]
     outputs, depth, *kernel = layer.weight_shape
     rows = prod(sizes) // outputs

@@ -1,4 +1,4 @@
-"""Which kernels run faster on this machine, found by timing them on the sizes of the example call."""
+"""Which kernels run faster on this machine, found by timing them on the sizes of calibration."""
 
 from collections.abc import Callable, Iterable, Mapping
 

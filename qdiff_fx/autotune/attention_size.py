@@ -15,7 +15,7 @@ from qdiff_fx.graph.propagate import size_hint
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionSize:
-    """The size of an attention in the example call.
+    """The size of an attention in calibration.
 
     Args:
       shapes: of q, k and v.

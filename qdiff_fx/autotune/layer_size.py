@@ -17,7 +17,7 @@ class LayerSize:
     """The size of a layer; of linears that read the same codes, of all of them together.
 
     Args:
-      x_shape: of the input in the example call.
+      x_shape: of the input in calibration.
       weight_shapes: one, or one a linear.
       geometry: stride, padding, dilation, groups of a convolution, None for linears.
       dtype: the carrier type.
@@ -47,7 +47,7 @@ class LayerSize:
 
 
 def layer_size(unit: list[IntegerLayer], *, weights: str = "") -> LayerSize:
-    """The size of a layer, or of linears that read the same codes, in the example call."""
+    """The size of a layer, or of linears that read the same codes, in calibration."""
     first = unit[0]
     return LayerSize(
         x_shape=tuple(size_hint(size) for size in shape_of(first.x) or ()),

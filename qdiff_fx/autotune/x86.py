@@ -20,7 +20,7 @@ from qdiff_fx.autotune.layer_size import LayerSize, layer_size
 from qdiff_fx.autotune.timer import interleaved, processor_seconds
 from qdiff_fx.graph.meta import LayerTiming
 from qdiff_fx.kernels.x86 import OUTPUT_DTYPES, conv2d_call, linear_call
-from qdiff_fx.kernels.x86_native import native_kernels
+from qdiff_fx.kernels.x86_native import NativeKernels, kernel_digest, native_kernels
 from qdiff_fx.passes.lower.integer_layers import IntegerLayer, integer_layer, sibling_linears
 
 aten = torch.ops.aten
@@ -29,18 +29,18 @@ qdiff = torch.ops.qdiff
 
 def subjects(graph_module: fx.GraphModule) -> Iterator[Subject]:
     """Layers between whose kernels there is a choice; quantize steps shared before."""
+    kernels = native_kernels()
+    code = "" if kernels is None else f"{kernels.name} {kernel_digest()} "  # other code takes another time
     for unit in _units(graph_module):
         if unit[0].output_dtype in OUTPUT_DTYPES:
-            yield _subject(unit)
+            yield _subject(unit, kernels, code)
 
 
-def _subject(unit: list[IntegerLayer]) -> Subject:
-    kernels = native_kernels()
+def _subject(unit: list[IntegerLayer], kernels: NativeKernels | None, code: str) -> Subject:
     small = kernels is not None and kernels.saturates and all(_has_small_weights(layer) for layer in unit)
     size = layer_size(unit, weights="int4" if small else "")
     nodes = tuple(layer.node for layer in unit)
-    key = size.key if kernels is None else f"{kernels.name} {size.key}"  # other kernels take another time
-    return Subject(nodes=nodes, key=key, dtype=size.dtype, measure=lambda: measure(size))
+    return Subject(nodes=nodes, key=code + size.key, dtype=size.dtype, measure=lambda: measure(size))
 
 
 def _has_small_weights(layer: IntegerLayer) -> bool:

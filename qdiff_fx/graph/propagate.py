@@ -16,9 +16,13 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from qdiff_fx.errors import CheckpointError
 from qdiff_fx.graph.allowlist import GETITEM, SIZE_ARITHMETIC, target_name
 from qdiff_fx.graph.edit import get_tensor
+from qdiff_fx.graph.signature import CallSignature
 
 Dimension = int | str
 """A size, or the name of a symbol: dimensions with one symbol are equal in every call."""
+
+SMALLEST_DYNAMIC = 2
+"""Compilers take 0 and 1 for constants."""
 
 _MAXIMUM_ELEMENTS = 2**48
 _MAXIMUM_RESULTS = 4096
@@ -29,7 +33,7 @@ class FakeInputs:
     """Fake tensors whose dynamic dimensions are fresh symbols.
 
     Args:
-      hints: the size that each symbol had in the example call, 2 or more; guards are decided by it.
+      hints: the size that each symbol had in a call, 2 or more; guards are decided by it.
     """
 
     def __init__(self, hints: Mapping[str, int]) -> None:
@@ -72,13 +76,45 @@ def propagate(graph_module: fx.GraphModule, mode: FakeTensorMode, inputs: Mappin
             node.meta["val"] = values[node] = value
 
 
+def refresh(
+    graph_module: fx.GraphModule, signature: CallSignature, shapes: Mapping[str, Sequence[int]] | None = None
+) -> None:
+    """Give every node the fake value that it has with the signature's dtypes and, as its hint, the size of `shapes`.
+
+    Args:
+      shapes: by input, with or without the batch dimension; other dimensions keep their hints.
+    """
+    names: dict[str, str] = {}
+    hints: dict[str, int] = {}
+    inputs: dict[str, tuple[list[Dimension], torch.device]] = {}
+    for node in graph_module.graph.nodes:
+        if node.op != "placeholder":
+            continue
+        value: Tensor = node.meta["val"]
+        given = (shapes or {}).get(node.name, ())
+        known = [size_hint(size) for size in value.shape[: value.dim() - len(given)]] + list(given)
+        inputs[node.name] = [], value.device
+        for size, hint in zip(value.shape, known, strict=True):
+            if isinstance(size, int):
+                inputs[node.name][0].append(size)
+                continue
+            symbol = names.setdefault(str(size), f"d{len(names)}")
+            hints[symbol] = max(SMALLEST_DYNAMIC, hint)
+            inputs[node.name][0].append(symbol)
+    fakes = FakeInputs(hints)
+    values = {
+        name: fakes.tensor(shape, signature.input(name).dtype, device) for name, (shape, device) in inputs.items()
+    }
+    propagate(graph_module, fakes.mode, values, "the converted graph")
+
+
 def size_hint(size: Any) -> int:
-    """A size as it was in the example call."""
+    """A size as it was in calibration; before that, and for what was not calibrated, as in the example call."""
     return int(size) if isinstance(size, int) else int(size.node.hint)
 
 
 def example_inputs(graph_module: fx.GraphModule, *, least: int = 0) -> tuple[Tensor, ...]:
-    """Ones of the inputs' sizes in the example call and of their dtypes; sizes that may vary are at least `least`."""
+    """Ones of the inputs' sizes by `size_hint`, and of their dtypes; sizes that may vary are at least `least`."""
     found = []
     for node in graph_module.graph.nodes:
         if node.op == "placeholder":

@@ -76,6 +76,10 @@ class CallSignature:
             )
         return tuple(self._conform(item, found[item.name], sample) for item in self.inputs)
 
+    def row_shapes(self, inputs: Sequence[Tensor]) -> dict[str, list[int]]:
+        """Shapes of flat inputs by name, without the batch."""
+        return {item.name: list(value.shape[item.batched :]) for item, value in zip(self.inputs, inputs, strict=True)}
+
     def sample_dtype(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.dtype | None:
         """The floating type of the sample in this call; None if it is no argument of its own, or no tensor."""
         given = bind_call(self.parameters, args, kwargs).get(self.sample)

@@ -11,15 +11,12 @@ from torch import fx
 from qdiff_fx.errors import CheckpointError
 from qdiff_fx.graph.arguments import DTYPES, decode_scalar, encode_scalar, name_of, named
 from qdiff_fx.graph.outputs import OutputStructure
-from qdiff_fx.graph.propagate import Dimension, size_hint
+from qdiff_fx.graph.propagate import SMALLEST_DYNAMIC, Dimension, size_hint
 from qdiff_fx.graph.record import MAXIMUM_DEPTH, Record, expect, refuse, text
 from qdiff_fx.graph.serialize import check_input_name
 from qdiff_fx.graph.signature import CallSignature, GraphInput
 
 _LARGEST = 2**31
-_SMALLEST_DYNAMIC = 2
-"""Compilers take 0 and 1 for constants."""
-
 Shapes = Mapping[str, Sequence[Dimension]]
 
 
@@ -38,7 +35,7 @@ def encode_signature(signature: CallSignature, graph: fx.Graph, where: str) -> d
                 shape.append(size)
                 continue
             symbol = symbols.setdefault(str(size_in_graph), f"d{len(symbols)}")
-            hints.setdefault(symbol, max(_SMALLEST_DYNAMIC, size_hint(size_in_graph)))
+            hints.setdefault(symbol, max(SMALLEST_DYNAMIC, size_hint(size_in_graph)))
             shape.append(symbol)
         dtype = name_of(DTYPES, item.dtype, f"{where}: {item.name}")
         inputs.append({"name": item.name, "argument": item.argument, "dtype": dtype, "shape": shape})
@@ -56,7 +53,7 @@ def encode_signature(signature: CallSignature, graph: fx.Graph, where: str) -> d
 
 
 def decode_signature(value: Any, where: str) -> tuple[CallSignature, Shapes, dict[str, int]]:
-    """The signature, the symbolic shape of each input, and the size of each symbol in the example call."""
+    """The signature, the symbolic shape of each input, and the size that each symbol had in calibration."""
     record = Record(value, where)
     hints = _hints(record.raw("symbols"), record.at("symbols"))
     inputs: list[GraphInput] = []
@@ -153,7 +150,7 @@ def _hints(value: Any, where: str) -> dict[str, int]:
     record = Record(value, where)
     hints = {}
     for index in range(len(value)):
-        hints[f"d{index}"] = record.integer(f"d{index}", _SMALLEST_DYNAMIC, _LARGEST)
+        hints[f"d{index}"] = record.integer(f"d{index}", SMALLEST_DYNAMIC, _LARGEST)
     return hints
 
 

@@ -6,6 +6,9 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
+
+from qdiff_fx.allocation.probe import flat_inputs
 from qdiff_fx.calibration import CalibrationSet
 from qdiff_fx.calibration.driver import layer_rows, observed_maxima, observed_offsets, quantizer_rows
 from qdiff_fx.calibration.provenance import noise_process
@@ -75,5 +78,7 @@ def run_stages(
             "accepted": guard(quality, decisions, prepared),
         },
     )
-    prepared.calibration = report.summary() | {"shapes": {leaf.name: list(leaf.shape) for leaf in data.signature}}
+    signature = prepared.signature
+    row = flat_inputs(data, torch.tensor([0]), signature, prepared.device)
+    prepared.calibration = report.summary() | {"shapes": signature.row_shapes(row)}
     return report

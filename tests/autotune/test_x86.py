@@ -17,6 +17,7 @@ from qdiff_fx.autotune import x86
 from qdiff_fx.autotune.layer_size import LayerSize
 from qdiff_fx.autotune.x86 import measure
 from qdiff_fx.checkpoint.timings import TIMINGS_FILE
+from qdiff_fx.config import QDiffConfig
 from qdiff_fx.errors import CheckpointError, DiskError, InputError
 from qdiff_fx.graph.meta import LayerTiming
 from qdiff_fx.kernels import BACKENDS
@@ -102,13 +103,28 @@ class Embedding(nn.Module):
 
 @pytest.mark.parametrize("preset", ["w8a8", "w8a32"])  # kept by its time, and by its config
 def test_a_layer_kept_in_a_narrow_carrier_takes_timestep_arithmetic(preset: str, clock: Clock) -> None:
-    inputs, config = sketch_inputs(), qdiff_fx.QDiffConfig.preset(preset, **PLAIN)
+    inputs, config = sketch_inputs(), QDiffConfig.preset(preset, **PLAIN)
     prepared = qdiff_fx.prepare(Embedding().eval(), config, example_inputs=inputs)
     qdiff_fx.calibrate(prepared, [(inputs, {})], progress=False)
     tuned = qdiff_fx.convert(prepared, backend="x86", autotune=True, dtype=torch.bfloat16)
     (row,) = (row for row in tuned.lowering_report().rows if row.layer == "embed")
     assert row.kernel == "aten.linear on dequantized weight" and ("timed" in row.fallback) is (preset == "w8a8")
     assert (tuned(*inputs) - prepared(*inputs)).abs().max() < 0.05
+
+
+def test_layers_are_timed_at_the_sizes_of_calibration(
+    sketch: nn.Module, preparer: Any, clock: Clock, tmp_path: Path
+) -> None:
+    prepared = preparer(sketch, QDiffConfig.preset("w8a8", **PLAIN), example_inputs=sketch_inputs())
+    calls = [((torch.randn(2, 2, 12, 16), torch.tensor([1.0, 999.0])), {})]
+    qdiff_fx.calibrate(prepared, calls, progress=False)
+    qdiff_fx.save(qdiff_fx.convert(prepared, backend="x86", autotune=True), tmp_path)
+    assert any("2x8x12x16" in key for key in clock.keys) and not any("2x8x8x8" in key for key in clock.keys)
+    (tmp_path / TIMINGS_FILE).unlink()
+    timed = sorted(clock.keys)
+    clock.keys.clear()
+    qdiff_fx.load(tmp_path, "x86", autotune=True)
+    assert sorted(clock.keys) == timed
 
 
 def test_equal_sizes_are_timed_once_and_copies_are_not_timed(prepared: qdiff_fx.PreparedUNet, clock: Clock) -> None:
