@@ -24,7 +24,9 @@ from qdiff_fx.errors import (
     NonFiniteError,
     QDiffError,
 )
+from qdiff_fx.fake_quantize import WeightQuantizer
 from qdiff_fx.kernels import BACKENDS, Backend
+from qdiff_fx.stages.quality import measure_quality
 from subjects import PLAIN, Preparer, calls_of, sketch_inputs
 
 
@@ -197,12 +199,46 @@ def test_weights_that_turn_nan_behind_prepare(sketch: nn.Module) -> None:
         qdiff_fx.convert(prepared, backend="reference")
 
 
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_activations_that_are_not_finite_name_the_layer(preparer: Preparer, sketch: nn.Module, value: float) -> None:
-    prepared = preparer(sketch, QDiffConfig(**PLAIN), example_inputs=sketch_inputs())
+@pytest.mark.parametrize(
+    ("preset", "value", "layer"),
+    [
+        ("w4a8", torch.nan, "stem"),
+        ("w4a8", torch.inf, "stem"),
+        ("w4a32", torch.nan, "stem"),
+        ("w4a8", 1e30, "scaled_dot_product_attention"),
+    ],
+)
+def test_activations_that_are_not_finite_name_the_layer_that_made_them(
+    preparer: Preparer, sketch: nn.Module, preset: str, value: float, layer: str
+) -> None:
+    prepared = preparer(sketch, QDiffConfig.preset(preset, **PLAIN), example_inputs=sketch_inputs())
     calls = calls_of(sketch)
     calls[1][0][0][2, 1, 3, 3] = value
-    with pytest.raises(NonFiniteError, match=r"skip#1\.input: NaN or infinity in its input"):
+    named = rf"the full-precision network at timestep 500: {layer} \(node \w+\) is the first to make NaN or infinity"
+    with pytest.raises(NonFiniteError, match=named) as caught:
+        qdiff_fx.calibrate(prepared, calls, progress=False)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_quality_measurement_that_is_not_finite_names_network_and_layer(
+    preparer: Preparer, sketch: nn.Module
+) -> None:
+    prepared = preparer.fitted(sketch)
+    calls = calls_of(sketch)
+    broken = CalibrationSet.from_samples([((torch.full_like(args[0], torch.nan), args[1]), {}) for args, _ in calls])
+    with pytest.raises(NonFiniteError, match=r"the full-precision network at timestep 0: stem \(node"):
+        measure_quality(prepared, broken)
+    quantizer = next(item for item in prepared.modules() if isinstance(item, WeightQuantizer) and item.name == "down")
+    quantizer.scale = torch.full_like(quantizer.scale, torch.inf)
+    with pytest.raises(NonFiniteError, match=r"the quantized network at timestep 0: down \(node"):
+        measure_quality(prepared, CalibrationSet.from_samples(calls))
+
+
+def test_operands_of_attentions_that_are_not_finite_name_the_layer(preparer: Preparer, sketch: nn.Module) -> None:
+    prepared = preparer(sketch, QDiffConfig(), example_inputs=sketch_inputs())
+    calls = calls_of(sketch)
+    calls[1][0][0][:] = torch.nan
+    with pytest.raises(NonFiniteError, match=r"stem \(node \w+\) is the first to make NaN or infinity"):
         qdiff_fx.calibrate(prepared, calls, progress=False)
 
 

@@ -22,6 +22,7 @@ from qdiff_fx.calibration import CalibrationSet
 from qdiff_fx.calibration.progress import progress_bar
 from qdiff_fx.fake_quantize import ActivationQuantizer, AttentionQuantizer, QuantizerMode, preserved_modes, set_mode
 from qdiff_fx.graph.edit import LayerCall, get_tensor, layer_call, set_tensor
+from qdiff_fx.graph.finite import FiniteRun
 from qdiff_fx.graph.memory import row_memory, rows_within
 from qdiff_fx.graph.signature import CallSignature
 
@@ -91,6 +92,8 @@ def fold_attention_factors(
     least predicted error wins, if it is clearly lower. To be called before observation: what was observed of the
     operands no longer holds. Weights are replaced by new tensors; those of the original module are not touched.
 
+    Raises: NonFiniteError naming the first layer that makes NaN or infinity.
+
     Left alone, with the reason in the result: operands that do not come from a projection of their own through
     reshapes (normalised, rotated, shared), outputs that do not reach a projection so.
     """
@@ -112,7 +115,7 @@ def fold_attention_factors(
     return tuple(choices)
 
 
-class _Recorder(fx.Interpreter):
+class _Recorder(FiniteRun):
     """Runs the graph and looks at each attention while its operands are at hand."""
 
     def __init__(self, graph_module: fx.GraphModule, seen: Mapping[fx.Node, _Seen]) -> None:

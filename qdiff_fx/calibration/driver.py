@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from qdiff_fx.calibration.dataset import CalibrationSet
 from qdiff_fx.calibration.progress import progress_bar
@@ -29,7 +29,7 @@ _STATE, _POSITION = "observation.safetensors", "observation.json"
 
 
 def observe(
-    module: nn.Module,
+    call: Callable[..., Any],
     graph_module: fx.GraphModule,
     data: CalibrationSet,
     *,
@@ -39,12 +39,12 @@ def observe(
     checkpoint_dir: Path | None,
     progress: bool | None,
 ) -> None:
-    """Run `module` over all of `data` while its quantizers observe.
+    """Make `call` with all of `data` while the quantizers of `graph_module` observe.
 
     With a checkpoint directory the observers' state is saved as it grows, and a later call continues from there.
 
     Args:
-      module: the prepared model, in observing mode.
+      call: of the prepared model, in observing mode.
       identity: of model, config and data; a checkpoint of another is refused.
     """
     observers = dict(activation_quantizers(graph_module))
@@ -57,7 +57,7 @@ def observe(
         for index, batch in enumerate(data.batches(batch_size, seed=seed)):
             bar.total = max(batches, index + 1)
             if index >= done:
-                module(*batch.args, **batch.kwargs)
+                call(*batch.args, **batch.kwargs)
                 if checkpoint_dir is not None and (index + 1) % SAVE_EVERY == 0:
                     _save(checkpoint_dir, observers, identity, index + 1)
             bar.update(1)

@@ -9,6 +9,7 @@ from torch import Tensor, fx
 
 from qdiff_fx.errors import NonFiniteError
 from qdiff_fx.graph.meta import ATTENTION, LAYER
+from qdiff_fx.graph.signature import tree_leaves
 
 
 class FiniteRun(fx.Interpreter):
@@ -20,19 +21,23 @@ class FiniteRun(fx.Interpreter):
     Raises: NonFiniteError naming the first layer at fault.
     """
 
+    def __init__(self, graph_module: fx.GraphModule) -> None:
+        super().__init__(graph_module)
+        self.extra_traceback = False  # errors are one line
+
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
         layer, attention = LAYER.get(n), ATTENTION.get(n)
-        if (layer or attention or n.op == "output") and not _is_finite(result):
+        if (layer or attention or n.op == "output") and not is_finite(result):
             name = layer.name if layer else attention.name if attention else "the output"
             raise NonFiniteError(
-                f"{name} (node {n.name}) is the first to make NaN or infinity; check the inputs of the call, "
-                f"or convert with dtype=torch.bfloat16 or torch.float32"
+                f"{name} (node {n.name}) is the first to make NaN or infinity; check the inputs of the call; "
+                f"if float16 overflows, take bfloat16 or float32: cast the model before prepare(), or convert(dtype=)"
             )
         return result
 
 
-def _is_finite(result: Any) -> bool:
-    if isinstance(result, (list, tuple)):
-        return all(_is_finite(item) for item in result)
-    return not isinstance(result, Tensor) or not result.is_floating_point() or bool(torch.isfinite(result).all())
+def is_finite(result: Any) -> bool:
+    """Whether no floating tensor among `result` and what is nested in it holds NaN or infinity."""
+    tensors = (item for item in tree_leaves(result) if isinstance(item, Tensor) and item.is_floating_point())
+    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from qdiff_fx.allocation.attention_factors import fold_attention_factors
@@ -17,6 +18,7 @@ from qdiff_fx.graph.memory import row_memory, rows_within
 from qdiff_fx.identity import run_identity
 from qdiff_fx.model import PreparedUNet
 from qdiff_fx.stages.biases import set_corrections
+from qdiff_fx.stages.finite import finite_call
 
 logger = logging.getLogger(__name__)
 
@@ -96,10 +98,13 @@ def equalize_attentions(
 def observe_and_fit(
     prepared: PreparedUNet, data: CalibrationSet, batch_size: int, checkpoint_dir: Path | None, progress: bool | None
 ) -> None:
-    """Run `data` through the full-precision network and fix every grid; a killed observation continues."""
+    """Run `data` through the full-precision network and fix every grid; a killed observation continues.
+
+    Raises: NonFiniteError naming the first layer that makes NaN or infinity.
+    """
     prepared.set_mode(QuantizerMode.OBSERVE)
     observe(
-        prepared,
+        partial(finite_call, prepared, "full-precision"),
         prepared.graph_module,
         data,
         batch_size=rows_at_a_time(prepared, data, batch_size),

@@ -17,6 +17,7 @@ from qdiff_fx.evaluation.quality import SqnrResult, output_sqnr
 from qdiff_fx.fake_quantize import QuantizerMode
 from qdiff_fx.model import PreparedUNet
 from qdiff_fx.stages.decide import Decisions
+from qdiff_fx.stages.finite import finite_call
 from qdiff_fx.stages.fit import rows_at_a_time
 
 GUARD_DB = 10.0
@@ -28,19 +29,21 @@ _EVALUATION_BATCH = 32
 def measure_quality(prepared: PreparedUNet, held: CalibrationSet, *, progress: bool | None = False) -> SqnrResult:
     """Output SQNR of the simulated quantized network against full precision.
 
-    Raises: NonFiniteError if an output is not finite.
+    Raises: NonFiniteError naming the network, the timestep and the first layer that makes NaN or infinity.
     """
 
-    def in_mode(mode: QuantizerMode) -> Any:
+    def in_mode(mode: QuantizerMode, network: str) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
             prepared.set_mode(mode)
-            return prepared(*args, **kwargs)
+            return finite_call(prepared, network, *args, **kwargs)
 
         return call
 
     with progress_bar("quality", total=len(held), progress=progress) as bar:
         batches = _counted(held.batches(rows_at_a_time(prepared, held, _EVALUATION_BATCH)), bar)
-        result = output_sqnr(in_mode(QuantizerMode.PASS), in_mode(QuantizerMode.QUANTIZE), batches)
+        result = output_sqnr(
+            in_mode(QuantizerMode.PASS, "full-precision"), in_mode(QuantizerMode.QUANTIZE, "quantized"), batches
+        )
     prepared.set_mode(QuantizerMode.QUANTIZE)
     return result
 
