@@ -15,7 +15,14 @@ from qdiff_fx.allocation.probe import Probe, flat_inputs, spread_rows
 from qdiff_fx.allocation.units import WeightUnit, weight_units
 from qdiff_fx.calibration import CalibrationSet
 from qdiff_fx.calibration.progress import progress_bar
-from qdiff_fx.fake_quantize import ActivationQuantizer, QuantizerMode, WeightQuantizer, preserved_modes, set_mode
+from qdiff_fx.fake_quantize import (
+    ActivationQuantizer,
+    AttentionQuantizer,
+    QuantizerMode,
+    WeightQuantizer,
+    preserved_modes,
+    set_mode,
+)
 from qdiff_fx.graph.edit import LayerCall, layer_call
 from qdiff_fx.graph.memory import row_memory, rows_within
 from qdiff_fx.graph.signature import CallSignature
@@ -29,12 +36,14 @@ class ErrorEstimate:
     Args:
       weights: by quantizer target, at each candidate width.
       inputs: by quantizer target, at its own width.
+      attentions: by quantizer target: of operands and probabilities together.
       without_factor: by quantizer target of weights that have a channel factor, at their own width: what giving it up
         would make of the weight's error.
     """
 
     weights: Mapping[str, Mapping[int, float]]
     inputs: Mapping[str, float]
+    attentions: Mapping[str, float] = field(default_factory=dict)
     without_factor: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -54,6 +63,7 @@ def estimate_errors(
 
     With a random cotangent v ~ N(0, I) on the output, <J^T v, d>^2 has the expectation ||J d||^2 (Hutchinson, 1990).
     v is independent from row to row, so one inner product for a batch's weight gradient sums the rows' energies.
+    Of an attention d is what quantizing its operands and probabilities does to its own output, taken exactly.
 
     Args:
       means: of the layers' inputs (`input_means`) where biases will make up for the mean of a weight's error: only what
@@ -67,6 +77,7 @@ def estimate_errors(
     weights = {unit.target: dict.fromkeys(candidates[unit.target].at, 0.0) for unit in units}
     without_factor = {target: 0.0 for target, item in candidates.items() if item.plain is not None}
     inputs: dict[str, float] = {}
+    attentions: dict[str, float] = {}
     products: dict[tuple[str, int | None], float] = {}
     centring = _Centring(graph_module, means or {})
 
@@ -96,14 +107,28 @@ def estimate_errors(
 
         def accumulate(gradient: Tensor) -> None:
             with torch.no_grad():
-                error = quantizer(value) - value
-                rows = (gradient.double() * error.double()).reshape(error.shape[0], -1).sum(dim=1)
-                inputs[target] += float(rows.square().sum())
+                inputs[target] += _row_energies(gradient, quantizer(value) - value)
 
         y.register_hook(accumulate)  # type: ignore[no-untyped-call]
         return y
 
-    probe = _CentringProbe(graph_module, centring, on_weight=on_weight, on_input=on_input)
+    def on_attention(target: str, quantizer: AttentionQuantizer, args: Any, kwargs: Any) -> Tensor:
+        attentions.setdefault(target, 0.0)
+        set_mode(quantizer, QuantizerMode.QUANTIZE)
+        with torch.no_grad():
+            quantized = quantizer(*args, **kwargs)
+        set_mode(quantizer, QuantizerMode.PASS)
+        y: Tensor = quantizer(*args, **kwargs)
+        y = y if y.requires_grad else y.requires_grad_(True)
+        error = quantized - y.detach()
+
+        def accumulate(gradient: Tensor) -> None:
+            attentions[target] += _row_energies(gradient, error)
+
+        y.register_hook(accumulate)  # type: ignore[no-untyped-call]
+        return y
+
+    probe = _CentringProbe(graph_module, centring, on_weight=on_weight, on_input=on_input, on_attention=on_attention)
     generator = torch.Generator().manual_seed(seed)
     rows = spread_rows(data, samples, seed)
     rows = rows[torch.randperm(len(rows), generator=generator)]
@@ -135,8 +160,15 @@ def estimate_errors(
     return ErrorEstimate(
         weights={target: {bits: value / count for bits, value in by.items()} for target, by in weights.items()},
         inputs={target: value / count for target, value in inputs.items()},
+        attentions={target: value / count for target, value in attentions.items()},
         without_factor={target: value / count for target, value in without_factor.items()},
     )
+
+
+def _row_energies(gradient: Tensor, error: Tensor) -> float:
+    """Sum over rows of <gradient, error>^2."""
+    rows = (gradient.double() * error.double()).reshape(error.shape[0], -1).sum(dim=1)
+    return float(rows.square().sum())
 
 
 class _Centring:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from qdiff_fx.calibration import CalibrationSet
-from qdiff_fx.fake_quantize import ActivationQuantizer, WeightQuantizer
+from qdiff_fx.fake_quantize import ActivationQuantizer, AttentionQuantizer, WeightQuantizer
 from qdiff_fx.graph.signature import CallSignature
 
 
@@ -19,6 +19,7 @@ class Probe(fx.Interpreter):
     Args:
       on_weight: (target, quantizer, weight) -> the weight that the layer uses.
       on_input: (target, quantizer, activation) -> the activation that the layer reads.
+      on_attention: (target, quantizer, args, kwargs) -> the attention's output; None runs it as it is.
     """
 
     def __init__(
@@ -27,17 +28,20 @@ class Probe(fx.Interpreter):
         *,
         on_weight: Callable[[str, WeightQuantizer, Tensor], Tensor],
         on_input: Callable[[str, ActivationQuantizer, Tensor], Tensor],
+        on_attention: Callable[[str, AttentionQuantizer, tuple[Any, ...], dict[str, Any]], Tensor] | None = None,
     ) -> None:
         super().__init__(graph_module)
-        self.on_weight, self.on_input = on_weight, on_input
+        self.on_weight, self.on_input, self.on_attention = on_weight, on_input, on_attention
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Divert quantizer calls; attentions and everything else run as they are."""
+        """Divert quantizer calls; everything else runs as it is."""
         module = self.fetch_attr(target)
         if isinstance(module, WeightQuantizer):
             return self.on_weight(str(target), module, args[0])
         if isinstance(module, ActivationQuantizer):
             return self.on_input(str(target), module, args[0])
+        if isinstance(module, AttentionQuantizer) and self.on_attention is not None:
+            return self.on_attention(str(target), module, args, kwargs)
         return super().call_module(target, args, kwargs)
 
 

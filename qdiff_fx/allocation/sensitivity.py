@@ -204,7 +204,8 @@ def _subjects(graph_module: fx.GraphModule, estimate: ErrorEstimate | None) -> t
             continue
         module = graph_module.get_submodule(str(node.target))
         if isinstance(module, AttentionQuantizer):
-            attentions.append(_Subject(kind="attention", name=module.name, modules=(module,)))
+            predicted = None if estimate is None else estimate.attentions.get(str(node.target))
+            attentions.append(_Subject(kind="attention", name=module.name, modules=(module,), estimate=predicted))
         if isinstance(module, (AttentionQuantizer, ActivationQuantizer, WeightQuantizer, BiasCorrection)):
             index = next((BLOCK.get(item) for item in (node, *node.users) if BLOCK.get(item) is not None), None)
             if index is not None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from qdiff_fx.fake_quantize import ActivationQuantizer, BiasCorrection, WeightQuantizer
+from qdiff_fx.fake_quantize import ActivationQuantizer, AttentionQuantizer, BiasCorrection, WeightQuantizer
 from qdiff_fx.graph.edit import LayerCall, get_tensor, layer_call
 from qdiff_fx.graph.meta import LAYER
 from qdiff_fx.graph.propagate import size_hint
@@ -104,6 +104,11 @@ def input_units(graph_module: fx.GraphModule) -> tuple[InputUnit, ...]:
                 )
             )
     return tuple(units)
+
+
+def attention_quantizers(graph_module: fx.GraphModule) -> Iterator[tuple[str, AttentionQuantizer]]:
+    """Every quantized attention with its quantizer's name in the graph module, in execution order."""
+    return ((str(node.target), quantizer) for node, quantizer in _quantizers(graph_module, AttentionQuantizer))
 
 
 def total_multiplications(graph_module: fx.GraphModule) -> int:

@@ -27,8 +27,9 @@ class CalibrationReport:
       raises: a row a quantizer that got more than the config's width: kind, layers, bits (None: carrier), reason.
       corrected_biases: how many layers got a bias that makes up for what rounding their weights to nearest does to the
         mean of their outputs.
-      sensitivity: a row a layer: name and error, the predicted energy of the output error that its quantizers cause
-        alone at their final widths, relative to the output's; empty where nothing was to be decided.
+      sensitivity: a row a layer and attention: name and error, the predicted energy of the output error that its
+        quantizers cause alone at their final widths, relative to the output's; empty where nothing was to be decided
+        and the quality is accepted.
       quality: output SQNR on held-out samples: samples, pooled_db, median_db, by_timestep, accepted (at least 10 dB).
     """
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from qdiff_fx.report.layer_section import known_layers
 from qdiff_fx.report.page import Advice
 from qdiff_fx.report.tables import decibels, file_size
 
@@ -26,7 +27,8 @@ def _quality(run: Mapping[str, Any]) -> Iterator[Advice]:
         yield Advice(
             level="warning",
             text=f"The output keeps only {decibels(quality.get('pooled_db'))} dB of SQNR pooled and "
-            f"{decibels(quality.get('median_db'))} dB in the median over timesteps: its pictures are likely ruined.",
+            f"{decibels(quality.get('median_db'))} dB in the median over timesteps: its pictures are likely "
+            f"ruined.{_worst(run)}",
             remedy="quantize again with --target-sqnr 20 (QDiffConfig(target_sqnr=20.0)), or --preset w8a8",
         )
     for name, pairs in (
@@ -42,6 +44,13 @@ def _quality(run: Mapping[str, Any]) -> Iterator[Advice]:
                 f"{worst[1]:.1f} dB at timestep {worst[0]:g}.",
                 remedy="collect calibration data at more timesteps (--timesteps), or raise activation_slack",
             )
+
+
+def _worst(run: Mapping[str, Any]) -> str:
+    """A sentence on the layers and attentions with the largest error alone, "" where none is known."""
+    known = [layer for layer in known_layers(run) if layer.get("error")]
+    names = [str(layer["name"]) for layer in sorted(known, key=lambda layer: -float(layer["error"]))[:_NAMED]]
+    return f" Quantized alone, {', '.join(names)} cost the most." if names else ""
 
 
 def _baselines(run: Mapping[str, Any]) -> Iterator[Advice]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from qdiff_fx.allocation.estimate import estimate_errors
 from qdiff_fx.allocation.probe import flat_inputs
 from qdiff_fx.calibration import CalibrationSet
 from qdiff_fx.calibration.driver import layer_rows, observed_maxima, observed_offsets, quantizer_rows
@@ -21,7 +22,7 @@ from qdiff_fx.stages.biases import correct_biases, layer_input_means
 from qdiff_fx.stages.decide import decide
 from qdiff_fx.stages.fit import compares_networks, equalize_attentions, hold_out, observe_and_fit, split_selection
 from qdiff_fx.stages.learn import learn_blocks
-from qdiff_fx.stages.quality import error_rows, guard, measure_quality
+from qdiff_fx.stages.quality import accepted, measure_quality, quantizer_errors, warn_of_quality
 from qdiff_fx.stages.target import meet_target
 
 
@@ -55,6 +56,14 @@ def run_stages(
     if config.target_sqnr is not None:
         raises += meet_target(prepared, data, selection, means, folder, progress)
     quality = measure_quality(prepared, held, progress=progress)
+    estimate = decisions.estimate
+    if estimate is None and not accepted(quality):  # nothing was to be decided, but the warning names the worst
+        estimate = estimate_errors(
+            prepared.graph_module, prepared.signature, data, means=means, seed=config.seed, progress=progress
+        )
+    errors = {} if estimate is None else quantizer_errors(prepared.graph_module, estimate)
+    if not accepted(quality):
+        warn_of_quality(quality, errors)
     report = CalibrationReport(
         samples=len(data),
         timesteps=data.timesteps,
@@ -69,13 +78,13 @@ def run_stages(
         factors=tuple(asdict(choice) for choice in (*folded, *decisions.factors)),
         raises=tuple(item.to_dict() for item in raises),
         corrected_biases=corrected,
-        sensitivity=error_rows(prepared, decisions),
+        sensitivity=tuple({"name": name, "error": error} for name, error in errors.items()),
         quality={
             "samples": len(held),
             "pooled_db": finite_or_none(quality.pooled_db),
             "median_db": finite_or_none(quality.median_db),
             "by_timestep": [[timestep, finite_or_none(value)] for timestep, value in quality.by_timestep.items()],
-            "accepted": guard(quality, decisions, prepared),
+            "accepted": accepted(quality),
         },
     )
     signature = prepared.signature

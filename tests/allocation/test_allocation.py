@@ -28,6 +28,7 @@ from qdiff_fx.fake_quantize import QuantizerMode, WeightQuantizer
 from qdiff_fx.model import PreparedUNet
 from qdiff_fx.passes.base import PassContext
 from qdiff_fx.passes.prepare.raises import ApplyRaises, Raise
+from qdiff_fx.stages import quality
 
 UNIFORM = {"weight_slack": 0.0, "activation_slack": 0.0, "equalize": False}
 
@@ -289,9 +290,21 @@ def test_target_sqnr_is_reached_on_samples_that_were_held_out(unet: UNet2DModel,
 def test_a_ruined_network_is_reported_with_figure_layers_and_remedy(unet: UNet2DModel, data: CalibrationSet) -> None:
     config = qdiff_fx.QDiffConfig.preset("w4a8", weight_bits=2, activation_bits=2, **UNIFORM)
     prepared = qdiff_fx.prepare(unet, config)
-    with pytest.warns(qdiff_fx.errors.QDiffWarning, match=r"dB of SQNR pooled.*worst timestep.*target_sqnr"):
+    named = r"dB of SQNR pooled.*worst timestep.*worst layers and attentions: [^;,]+, [^;,]+, [^;,]+; .*target_sqnr"
+    with pytest.warns(qdiff_fx.errors.QDiffWarning, match=named):  # though nothing was to be allocated
         report = qdiff_fx.calibrate(prepared, data)
     assert report.quality["accepted"] is False
+    assert {row["name"] for row in report.sensitivity} >= {row["name"] for row in report.layers if row["weight_bits"]}
+
+
+def test_an_attention_that_is_the_worst_is_named_as_such(
+    unet: UNet2DModel, data: CalibrationSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quality, "GUARD_DB", 99.0)
+    config = qdiff_fx.QDiffConfig.preset("w8a8", attention_bits=2, softmax_bits=2, **UNIFORM)
+    prepared = qdiff_fx.prepare(unet, config)
+    with pytest.warns(qdiff_fx.errors.QDiffWarning, match=r"worst layers and attentions: \S*attentions\.\d\S*,"):
+        qdiff_fx.calibrate(prepared, data)
 
 
 def test_bytes_are_spent_up_to_a_limit_and_one_under_the_present_bytes_is_refused(

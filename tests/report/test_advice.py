@@ -32,6 +32,17 @@ def test_a_good_run_needs_no_advice() -> None:
     [
         ({"quality": {"accepted": False, "pooled_db": 3.04, "median_db": 4.0}}, "warning", "only 3.0 dB", "target"),
         (
+            {
+                "quality": {"accepted": False, "pooled_db": 3.04, "median_db": 4.0},
+                "layers": [
+                    {"name": f"n{i}", "fallback": "", "error": error} for i, error in enumerate((1, 3, None, 2))
+                ],
+            },
+            "warning",
+            "Quantized alone, n1, n3, n0 cost the most.",
+            "target",
+        ),
+        (
             {"quality": GOOD["quality"] | {"by_timestep": [[0, 7.5], [500, 30.0]]}},
             "warning",
             "1 of 2 timesteps keep less than 10 dB, the worst 7.5 dB at timestep 0",
