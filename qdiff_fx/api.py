@@ -26,7 +26,7 @@ from qdiff_fx.calibration.driver import (
     reset,
 )
 from qdiff_fx.calibration.progress import named_steps
-from qdiff_fx.calibration.report import CalibrationReport, quality_line
+from qdiff_fx.calibration.report import CalibrationReport
 from qdiff_fx.checkpoint import DEFAULT_SHARD_BYTES
 from qdiff_fx.checks import calibration_set, check_calibrate, check_prepare, check_stage
 from qdiff_fx.config import QDiffConfig
@@ -312,7 +312,8 @@ def load(
     """The model that `save` wrote, lowered to `backend`; needs neither the original module nor its weights.
 
     Nothing in the directory is trusted: operators come from a list, names, shapes and hashes are checked. Integer
-    weights stay mapped to their file on the CPU.
+    weights stay mapped to their file on the CPU. Warns of a model that calibrate() warned of; the quality that was
+    measured is in the result's `calibration["quality"]`.
 
     Args:
       backend: "auto", or a name in `qdiff_fx.kernels.BACKENDS`.
@@ -328,11 +329,9 @@ def load(
       ConversionError: for an fp16 carrier where calibration saw |x| above 16,384, naming the tensor.
       BackendError: for an unknown or unavailable backend or device, or a fallback under `strict`.
     """
-    quantized = QuantizedUNet.load(
+    return QuantizedUNet.load(
         directory, backend, device=device, dtype=dtype, strict=strict, autotune=autotune, progress=progress
     )
-    logger.info("%s: %s", directory, quality_line(quantized.calibration))
-    return quantized
 
 
 def _finish_short_way(prepared: PreparedUNet) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from qdiff_fx.ahead_of_time import SUFFIX as PACKAGE_SUFFIX
 from qdiff_fx.ahead_of_time import read_package, write_package
 from qdiff_fx.autotune import Timings
+from qdiff_fx.calibration.report import tell_quality
 from qdiff_fx.checkpoint import (
     DEFAULT_SHARD_BYTES,
     StoredModel,
@@ -120,7 +121,9 @@ class PreparedUNet(GraphUNet):
 class QuantizedUNet(GraphUNet):
     """A converted network: packed integer weights, integer activations, lowered to one backend's kernels.
 
-    `plan` is the backend-neutral graph, which is what `save` writes; copies are lowered again from it.
+    `plan` is the backend-neutral graph, which is what `save` writes; copies are lowered again from it. `calibration` is
+    `CalibrationReport.summary()`, stored with it: `calibration["quality"]["median_db"]` is the output SQNR on held-out
+    inputs.
     """
 
     qdiff_stage = "quantized"
@@ -359,6 +362,7 @@ class QuantizedUNet(GraphUNet):
                 write_timings(Path(folder), result.timings)
             except DiskError as error:
                 logger.warning("timings of layers are not kept: %s", error)
+        tell_quality(Path(folder), result.calibration, stacklevel=4)  # the caller of qdiff_fx.load
         return result
 
     def save_pretrained(  # type: ignore[override]

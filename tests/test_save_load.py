@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import nn
 
 import qdiff_fx
 from qdiff_fx.assets import load_unconditional
-from qdiff_fx.errors import BackendError, ConversionError
+from qdiff_fx.errors import BackendError, ConversionError, QDiffWarning
 from qdiff_fx.graph.meta import ATTENTION, BLOCK, FIXED_DTYPE, LAYER, MODULE_PATH, SPLIT_ADD, SPLIT_PART
 from subjects import CONTEXT, sketch_inputs
 
@@ -81,6 +82,22 @@ def test_a_float16_carrier_is_refused_at_loading_where_calibration_saw_too_much(
         qdiff_fx.load(tmp_path, "reference", dtype=torch.float16)
     with pytest.raises(ConversionError, match=r"dtype=torch.int8: want a carrier type"):
         qdiff_fx.load(tmp_path, "reference", dtype=torch.int8)
+
+
+@pytest.mark.parametrize(
+    ("median", "accepted", "warned"), [(4.0, False, True), (24.0, True, False), (None, True, False)]
+)
+def test_loading_warns_in_one_line_of_a_model_that_calibration_found_ruined(
+    converted: qdiff_fx.QuantizedUNet, tmp_path: Path, median: float | None, accepted: bool, warned: bool
+) -> None:
+    model = copy.copy(converted)
+    quality = {"samples": 8, "pooled_db": 11.5, "median_db": median, "by_timestep": [], "accepted": accepted}
+    model.calibration = {"quality": quality}
+    qdiff_fx.save(model, tmp_path)
+    expected = pytest.warns(QDiffWarning, match=r"11\.5 dB pooled, 4\.0 dB in the median .*ruined$")
+    with expected if warned else nullcontext():
+        loaded = qdiff_fx.load(tmp_path, backend="reference")
+    assert loaded.calibration["quality"] == quality
 
 
 def test_a_diffusers_model_keeps_its_call_and_config(unconditional: nn.Module, preparer: Any, tmp_path: Path) -> None:

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
+
+from qdiff_fx.errors import QDiffWarning
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,10 +76,24 @@ class CalibrationReport:
 
 def quality_line(summary: Mapping[str, Any]) -> str:
     """One line on the quality that a stored model's plan records."""
-    quality = summary.get("quality")
-    if not isinstance(quality, Mapping) or "samples" not in quality:
+    quality = _measured_quality(summary)
+    if quality is None:
         return "output quality was not measured"
     figures = [quality.get(name) for name in ("pooled_db", "median_db")]
     pooled, median = ("inf" if value is None else f"{value:.1f}" for value in figures)
     verdict = "" if quality.get("accepted") else " (doubtful)"
     return f"output SQNR on held-out inputs: {pooled} dB pooled, {median} dB in the median over timesteps{verdict}"
+
+
+def tell_quality(folder: Path, summary: Mapping[str, Any], *, stacklevel: int) -> None:
+    """Log the quality of the model that was loaded from `folder`; warn of one that calibrate() warned of."""
+    quality, line = _measured_quality(summary), f"{folder}: {quality_line(summary)}"
+    if quality is None or quality.get("accepted"):
+        logger.info(line)
+    else:
+        warnings.warn(f"{line}; its pictures are likely ruined", QDiffWarning, stacklevel=stacklevel)
+
+
+def _measured_quality(summary: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    quality = summary.get("quality")
+    return quality if isinstance(quality, Mapping) and "samples" in quality else None
