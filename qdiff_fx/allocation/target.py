@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import fx
 
 from qdiff_fx.allocation.allocate import Candidate, carrier_candidates, input_candidates, weight_candidates
 from qdiff_fx.allocation.estimate import ErrorEstimate
-from qdiff_fx.allocation.units import total_multiplications, weight_units
+from qdiff_fx.allocation.units import layer_multiplications, total_multiplications, weight_units
 from qdiff_fx.errors import CalibrationError
 from qdiff_fx.passes.prepare.raises import Raise
 
@@ -36,7 +36,8 @@ def ranked_raises(graph_module: fx.GraphModule, estimate: ErrorEstimate) -> tupl
 
     A multiplication that moves to the carrier type is priced like a byte by its share: keeping every input in the
     carrier costs as much as all weight bytes. A weight that goes to the carrier type pays for the multiplications that
-    go with it, and comes behind its own raise to 8 bits. Ties go to what costs less, then to execution order.
+    go with it, and comes behind its own raise to 8 bits. Ties go to layers with more multiplications, then to execution
+    order.
     """
     total_bytes = sum(unit.bytes for unit in weight_units(graph_module))
     price = total_bytes / max(1, total_multiplications(graph_module))
@@ -44,26 +45,25 @@ def ranked_raises(graph_module: fx.GraphModule, estimate: ErrorEstimate) -> tupl
     inputs = [_priced(item, price) for item in input_candidates(graph_module, estimate)]
     density = {item.raised.target: item.density for item in widened}
     floats = [
-        _Priced(
-            raised=item.raised,
-            reason=item.reason,
-            density=min(item.density, density.get(item.raised.target, item.density)),
-            price=item.price,
-        )
+        replace(item, density=min(item.density, density.get(item.raised.target, item.density)))
         for item in (_priced(item, 1.0) for item in carrier_candidates(graph_module, estimate, price))
     ]
-    ordered = sorted([*widened, *inputs, *floats], key=lambda item: (-item.density, item.price))
+    by_layer = layer_multiplications(graph_module)
+
+    def rank(item: _Priced) -> tuple[float, int]:
+        return -item.density, -sum(by_layer[layer] for layer in item.raised.layers)
+
+    ordered = sorted([*widened, *inputs, *floats], key=rank)
     return tuple(item.raised.because(item.reason) for item in ordered)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Priced:
-    """A raise with its reason, the predicted error that it removes a byte, and what it costs in bytes."""
+    """A raise with its reason and the predicted error that it removes a byte."""
 
     raised: Raise
     reason: str
     density: float
-    price: float
 
 
 def _priced(candidate: Candidate, price: float) -> _Priced:
@@ -74,7 +74,6 @@ def _priced(candidate: Candidate, price: float) -> _Priced:
         raised=candidate.raised,
         reason=f"target{to}: removes {candidate.gain:.2e} of relative error for {candidate.cost:,} {unit}",
         density=candidate.gain / max(1.0, candidate.cost * price),
-        price=candidate.cost * price,
     )
 
 

@@ -117,6 +117,12 @@ def total_multiplications(graph_module: fx.GraphModule) -> int:
     return sum(multiplications(call) for call in calls if call is not None)
 
 
+def layer_multiplications(graph_module: fx.GraphModule) -> dict[str, int]:
+    """Multiplications of each conv and linear, by its name, for one sample at the captured size."""
+    calls = (layer_call(node) for node in graph_module.graph.nodes)
+    return {LAYER.require(call.node).name: multiplications(call) for call in calls if call is not None}
+
+
 def quantized_multiplications(graph_module: fx.GraphModule) -> dict[str, int]:
     """Multiplications of each layer whose input is quantized, by its name, for one sample at the captured size."""
     calls = (layer_call(user) for node, _ in _quantizers(graph_module, ActivationQuantizer) for user in node.users)

@@ -12,10 +12,10 @@ import pytest
 from torch import nn
 
 import qdiff_fx
-from qdiff_fx.allocation.estimate import estimate_errors
+from qdiff_fx.allocation.estimate import ErrorEstimate, estimate_errors
 from qdiff_fx.allocation.kept_figures import KeptFigures
 from qdiff_fx.allocation.target import ranked_raises
-from qdiff_fx.allocation.units import input_units, weight_units
+from qdiff_fx.allocation.units import input_units, layer_multiplications, weight_units
 from qdiff_fx.calibration import CalibrationSet
 from qdiff_fx.errors import CalibrationError, CheckpointError
 from qdiff_fx.stages import fit, layer_input_means, quality, target
@@ -68,6 +68,19 @@ def test_a_target_is_held_less_its_error(unet: nn.Module, data: CalibrationSet) 
     just = uniform.median_db - 0.9 * target.ONE_SIDED_95 * uniform.median_error_db()
     prepared.qdiff_config = prepared.qdiff_config.replace(target_sqnr=just)
     assert target.meet_target(prepared, data, data, means, None, False), "the median alone would have reached it"
+
+
+def test_raises_that_remove_equal_error_a_byte_go_by_the_multiplications_of_their_layers(
+    prepared: qdiff_fx.PreparedUNet,
+) -> None:
+    graph_module = prepared.graph_module
+    nothing = ErrorEstimate(
+        weights={unit.target: dict.fromkeys((unit.quantizer.spec.bits, 8), 0.0) for unit in weight_units(graph_module)},
+        inputs={unit.target: 0.0 for unit in input_units(graph_module)},
+    )
+    by_layer = layer_multiplications(graph_module)
+    order = [sum(by_layer[layer] for layer in item.layers) for item in ranked_raises(graph_module, nothing)]
+    assert order == sorted(order, reverse=True) and len(set(order)) > 3
 
 
 def test_an_unreachable_target_names_the_best_figure_and_leaves_nothing_to_convert(
