@@ -65,6 +65,8 @@ class LoweringRow:
       fallback: why it does not run on integers, "" if it does or was asked not to.
       simulated: whether it computes the plan's quantized values all the same, in floating point; strict=True allows
         these fallbacks and no others.
+      reason: why its widths are not the config's (allocation, a target, a rule, the network's boundary), "" if they
+        are.
       timing: of both kernels, None unless one was chosen by timing.
     """
 
@@ -75,6 +77,7 @@ class LoweringRow:
     bytes: int
     fallback: str
     simulated: bool = False
+    reason: str = ""
     timing: LayerTiming | None = None
 
     @property
@@ -111,11 +114,14 @@ class LoweringReport:
 
     def __str__(self) -> str:
         timed = any(row.timing for row in self.rows)
+        why = any(row.reason for row in self.rows)
         header = ("layer", "kernel", "dtype", "bytes", *(("int8 us", "carrier us") if timed else ()), "fallback")
+        header += ("why these widths",) if why else ()
         lines = [header]
         for row in self.rows:
             times = row.times if timed else ()
-            lines.append((row.layer, row.kernel, row.dtype, f"{row.bytes:,}", *times, row.fallback))
+            reason = (row.reason,) if why else ()
+            lines.append((row.layer, row.kernel, row.dtype, f"{row.bytes:,}", *times, row.fallback, *reason))
         widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
         table = [
             "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
@@ -237,6 +243,7 @@ def _rows(graph_module: fx.GraphModule) -> Iterator[LoweringRow]:
             if simulated
             else FALLBACK.get(call) or "",
             simulated=simulated,
+            reason=policy.reason if policy and policy.reason != "config" else "",
             timing=TIMED.get(call),
         )
 

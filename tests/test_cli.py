@@ -94,7 +94,9 @@ def test_a_quantized_folder_tells_its_quality_and_decisions(
     out = capsys.readouterr().out
     assert re.search(r"output SQNR on held-out inputs: [\d.]+ dB pooled, [\d.]+ dB in the median", out)
     assert re.search(r"raised above the config: \d+", out)
-    assert "allocated:" in out
+    assert "allocated:" in out and "why these widths" in out
+    assert re.search(r"channels that differ most: [1-5]\n", out)
+    assert re.search(r"attention operands without channel factors: \d+", out)
 
 
 def test_equal_seeds_give_nearly_equal_pictures_of_model_and_quantized(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -13,7 +14,7 @@ from qdiff_fx import model
 from qdiff_fx.config import LayerRule
 from qdiff_fx.errors import BackendError
 from qdiff_fx.lowering import LoweringReport
-from subjects import Preparer, sketch_inputs
+from subjects import Preparer, calls_of, sketch_inputs
 
 
 @pytest.fixture(scope="module")
@@ -53,10 +54,21 @@ def test_bytes_are_those_of_the_stored_tensors(quantized: qdiff_fx.QuantizedUNet
 def test_the_table_has_a_line_a_row_and_a_summary(quantized: qdiff_fx.QuantizedUNet) -> None:
     report = quantized.lowering_report()
     lines = str(report).splitlines()
-    assert lines[0].split() == ["layer", "kernel", "dtype", "bytes", "fallback"] and set(lines[1]) == {"-", " "}
+    header = ["layer", "kernel", "dtype", "bytes", "fallback", "why these widths"]
+    assert re.split(" {2,}", lines[0]) == header and set(lines[1]) == {"-", " "}
     assert len(lines) == len(report.rows) + 3
     assert lines[-1] == f"backend reference: {len(report.rows)} nodes, {report.total_bytes:,} bytes"
     assert lines[2].startswith(report.rows[0].layer)
+
+
+def test_a_layer_with_widths_of_its_own_says_why(preparer: Preparer, sketch: nn.Module) -> None:
+    prepared = preparer(sketch, qdiff_fx.QDiffConfig(weight_slack=0.2), example_inputs=sketch_inputs())
+    report = qdiff_fx.calibrate(prepared, calls_of(sketch), progress=False)
+    lowering = qdiff_fx.convert(prepared, backend="reference").lowering_report()
+    reasons = {row.layer: row.reason for row in lowering.rows}
+    assert reasons["stem"] == "boundary: reads the noisy sample" and reasons["scaled_dot_product_attention"] == ""
+    assert report.raises and all(row["reason"] in reasons[layer] for row in report.raises for layer in row["layers"])
+    assert report.raises[0]["reason"] in str(lowering)
 
 
 def test_an_empty_report_still_prints() -> None:

@@ -131,5 +131,7 @@ def _to_carrier(graph_module: fx.GraphModule, user: fx.Node, reason: str) -> Non
 
 
 def _set_policy(node: fx.Node, reason: str, **changes: Any) -> None:
+    """Change a layer's widths; its reasons so far stay, since a weight and its input are raised one by one."""
     policy: LayerPolicy = LAYER.require(node)
-    LAYER.set(node, replace(policy, reason=reason, **changes))
+    known = [] if policy.reason == "config" else policy.reason.split("; ")
+    LAYER.set(node, replace(policy, reason="; ".join(dict.fromkeys([*known, reason])), **changes))

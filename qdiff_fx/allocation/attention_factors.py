@@ -268,7 +268,7 @@ def _best(name: str, first: Tensor, second: Tensor, predicted: Any) -> tuple[Fac
     exponent = min(errors, key=lambda item: errors[item])
     gain = 10.0 * float(torch.log10(torch.tensor(off / max(errors[exponent], 1e-30), dtype=torch.float64)))
     if gain < MINIMUM_GAIN_DB:
-        return FactorChoice(layers=(name,), exponent=None, shifted=False, gain_db=0.0), None
+        return _left_alone(name, f"the best factor is predicted to gain less than {MINIMUM_GAIN_DB:g} dB"), None
     factor = smoothing_factor(first, second, exponent)
     return FactorChoice(layers=(name,), exponent=exponent, shifted=False, gain_db=gain), factor
 

@@ -46,7 +46,7 @@ class FactorChoice:
       spread, spread_after: the largest channel's maximum over the median channel's, before and after the factor.
       own_step: whether this layer got a quantize step of its own, beside that of the layers that it shared with.
       learned: whether the factor was refined by learning (`QDiffConfig.factor_iterations`).
-      reason: why nothing was tried, "" where it was.
+      reason: why an attention's operands were left alone, "" for others.
     """
 
     layers: tuple[str, ...]

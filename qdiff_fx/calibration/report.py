@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qdiff_fx.calibration.channels import left_alone, widest_channels
 from qdiff_fx.errors import QDiffWarning
 
 logger = logging.getLogger(__name__)
@@ -66,6 +67,8 @@ class CalibrationReport:
             "maxima": self.maxima,
             "offsets": self.offsets,
             "raises": list(self.raises),
+            "channels": widest_channels(self.factors),
+            "left_alone": left_alone(self.factors),
             "quality": self.quality,
         }
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 import qdiff_fx
 from qdiff_fx.calibration import CalibrationSet
+from qdiff_fx.calibration.channels import widest_channels
 from qdiff_fx.cli.parser import OneLineParser, add_json_argument, output_folder, positive, verb_parser
 from qdiff_fx.cli.sources import Source, copy_sampling_files, open_source
 from qdiff_fx.evaluation import confident_share, endpoint_psnr
@@ -214,7 +215,7 @@ def _quantize(demo: Demo, preset: str, data: CalibrationSet, yardstick: Yardstic
         layers=documents.layer_rows(inspection, quantized.lowering_report(), report.sensitivity),
         graph=block_graph(quantized.plan),
         raises=list(report.raises),
-        channels=documents.widest_channels(report.factors),
+        channels=widest_channels(report.factors),
         backend=quantized.backend,
         integer_sqnr_db=integer_sqnr.pooled_db,
     )

@@ -9,6 +9,7 @@ from typing import Any
 
 import qdiff_fx
 from qdiff_fx.calibration import CalibrationSet
+from qdiff_fx.calibration.channels import channel_cells
 from qdiff_fx.calibration.progress import progress_bar
 from qdiff_fx.calibration.report import quality_line
 from qdiff_fx.cli.parser import OneLineParser, add_json_argument, verb_parser
@@ -21,6 +22,11 @@ from qdiff_fx.report.tables import file_size, text_table
 
 _STEPS, _TIMESTEPS, _SAMPLES = 20, 5, 4
 """Of the trajectories that give the ranges: a few forward passes."""
+
+_WORST, _NAMED = 5, 3
+"""Rows of channel ranges, and operands named a reason: the JSON document holds the rest."""
+
+_CHANNELS = ("input of", "widest channel", "after", "factor", "error, dB")
 
 
 def parser() -> OneLineParser:
@@ -136,20 +142,29 @@ def _bits(bits: int | None) -> str:
     return "carrier" if bits is None else str(bits)
 
 
+def _few(names: list[str]) -> str:
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more
+
+
 def _show_quantized(quantized: QuantizedUNet, *, as_json: bool) -> None:
     report = quantized.lowering_report()
-    raises = quantized.calibration.get("raises", [])
+    raises, channels, alone = (quantized.calibration.get(key, []) for key in ("raises", "channels", "left_alone"))
     if not as_json:
         print(report)
         print()
         print(quality_line(quantized.calibration))
         decisions = [(", ".join(row["layers"]), row["kind"], _bits(row["bits"]), row["reason"]) for row in raises]
         print(_section("raised above the config", ("layer", "what", "bits", "why"), decisions, numeric=(2,)))
+        widest = [(row["layer"], *channel_cells(row)) for row in channels[:_WORST]]
+        print(_section("channels that differ most", _CHANNELS, widest, numeric=(1, 2, 4)))
+        reasons = [(row["reason"], _few(row["tensors"])) for row in alone]
+        print(_section("attention operands without channel factors", ("why", "operands"), reasons, numeric=()))
         return
     rows = [
-        {name: getattr(row, name) for name in ("node", "layer", "kernel", "dtype", "bytes", "fallback")}
+        {name: getattr(row, name) for name in ("node", "layer", "kernel", "dtype", "bytes", "fallback", "reason")}
         for row in report.rows
     ]
     quality = quantized.calibration.get("quality", {})
     document = {"backend": report.backend, "bytes": report.total_bytes, "quality": quality, "raises": raises}
-    print(json.dumps(document | {"nodes": rows}, indent=1))
+    print(json.dumps(document | {"channels": channels, "left_alone": alone, "nodes": rows}, indent=1))

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from qdiff_fx.calibration.channels import widest_channels
 from qdiff_fx.calibration.report import CalibrationReport
 from qdiff_fx.evaluation import confident_share
 from qdiff_fx.evaluation.study import Measurement
@@ -56,28 +57,12 @@ def layer_rows(
                 "bytes_before": layer.bytes_before if layer else 0,
                 "kernel": row.kernel,
                 "fallback": row.fallback,
-                "reason": layer.reason if layer and layer.reason != "config" else "",
+                "reason": row.reason,
                 "block": layer.block if layer else None,
                 "error": errors.get(row.layer),
             }
         )
     return rows
-
-
-def widest_channels(factors: Sequence[Mapping[str, Any]], count: int = 8) -> list[dict[str, Any]]:
-    """The quantized tensors whose channels differ most in range, before and after their factors."""
-    tried = [row for row in factors if not row["reason"] and row["spread"] > 1.0]
-    worst = sorted(tried, key=lambda row: -float(row["spread"]))[:count]
-    return [
-        {
-            "layer": ", ".join(row["layers"]),
-            "spread": row["spread"],
-            "spread_after": row["spread_after"],
-            "gain_db": row["gain_db"],
-            "exponent": row["exponent"],
-        }
-        for row in worst
-    ]
 
 
 def calibration_document(
@@ -113,6 +98,7 @@ def stored_document(name: str, quantized: QuantizedUNet, stored: int) -> dict[st
         "calibration": {"rows": calibration.get("samples"), "timesteps": calibration.get("timesteps", [])},
         "sizes": {"quantized": stored},
         "quality": calibration.get("quality", {}),
+        "channels": calibration.get("channels", []),
         **network_entries(quantized),
     }
 
@@ -135,7 +121,7 @@ def network_entries(quantized: QuantizedUNet) -> dict[str, Any]:
                 "bytes": row.bytes,
                 "kernel": row.kernel,
                 "fallback": row.fallback,
-                "reason": policy.reason if policy and policy.reason != "config" else "",
+                "reason": row.reason,
                 "block": block,
             }
         )

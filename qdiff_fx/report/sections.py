@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from qdiff_fx.calibration.channels import channel_cells
 from qdiff_fx.report.advice import advice
 from qdiff_fx.report.cards import cards
 from qdiff_fx.report.evaluation_sections import evaluation_sections
@@ -207,20 +208,18 @@ def _channel_table(channels: Sequence[Mapping[str, Any]]) -> Table:
         Column(title="input of"),
         Column(title="before", numeric=True),
         Column(title="after", numeric=True),
+        Column(title="factor"),
         Column(title="layer error [dB]", numeric=True),
     )
-    rows = tuple(
-        Row(
-            cells=(
-                Cell(text=str(row["layer"]), code=True),
-                Cell(text=f"{row['spread']:.1f}×", value=row["spread"]),
-                Cell(
-                    text=f"{row['spread_after']:.1f}×" if row["exponent"] is not None else "off",
-                    value=row["spread_after"],
-                ),
-                Cell(text=f"–{row['gain_db']:.1f}" if row["exponent"] is not None else "", value=-row["gain_db"]),
-            )
+
+    def cells(row: Mapping[str, Any]) -> tuple[Cell, ...]:
+        before, after, factor, gain = channel_cells(row)
+        return (
+            Cell(text=str(row["layer"]), code=True),
+            Cell(text=before, value=row["spread"]),
+            Cell(text=after, value=row["spread_after"]),
+            Cell(text=factor),
+            Cell(text=gain, value=-row["gain_db"]),
         )
-        for row in channels
-    )
-    return Table(id="channel-table", columns=columns, rows=rows)
+
+    return Table(id="channel-table", columns=columns, rows=tuple(Row(cells=cells(row)) for row in channels))
