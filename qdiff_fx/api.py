@@ -15,7 +15,7 @@ from torch import nn
 
 from qdiff_fx.allocation.estimate import estimate_errors
 from qdiff_fx.allocation.observed_factors import equalize_from_maxima
-from qdiff_fx.allocation.sensitivity import SensitivityReport, measure_sensitivity
+from qdiff_fx.allocation.sensitivity import SensitivityReport, measure_sensitivity, warn_of_estimate
 from qdiff_fx.calibration import CalibrationSet
 from qdiff_fx.calibration.driver import (
     check_data,
@@ -151,7 +151,8 @@ def sensitivity(
 ) -> SensitivityReport:
     """The output error that quantizing each weight, layer input, attention and block alone causes, worst first.
 
-    One forward pass over `samples` rows for each of them, beside what the estimate that allocation uses predicts.
+    One forward pass over `samples` rows for each of them, beside what the estimate that allocation uses predicts;
+    warns where the two rank layers differently (rank correlation under 0.8).
     An uncalibrated model is observed and fitted on `data` first, at its config's bits; nothing is raised.
 
     Args:
@@ -179,7 +180,7 @@ def sensitivity(
     if folder is not None:
         config, state = config_digest(prepared.qdiff_config), state_digest(prepared)
         identity = digest(f"{config} {batch_size} {data.fingerprint} {state} {samples}")
-    return measure_sensitivity(
+    report = measure_sensitivity(
         prepared.graph_module,
         prepared.signature,
         data,
@@ -193,6 +194,8 @@ def sensitivity(
         checkpoint_dir=folder,
         progress=progress,
     )
+    warn_of_estimate(report, stacklevel=3)  # the caller of sensitivity()
+    return report
 
 
 def convert(

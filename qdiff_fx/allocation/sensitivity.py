@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import warnings
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +19,7 @@ from qdiff_fx.allocation.probe import flat_inputs, spread_rows
 from qdiff_fx.allocation.units import InputUnit, WeightUnit, input_units, weight_units
 from qdiff_fx.calibration import CalibrationSet
 from qdiff_fx.calibration.progress import progress_bar
+from qdiff_fx.errors import QDiffWarning
 from qdiff_fx.fake_quantize import (
     ActivationQuantizer,
     AttentionQuantizer,
@@ -34,6 +37,9 @@ PROGRESS_FILE = "sensitivity.json"
 _SAVED_EVERY = 10
 
 Kind = Literal["weight", "input", "attention", "block"]
+
+LEAST_CORRELATION, LEAST_UNITS = 0.8, 10
+"""Rank correlation under which the estimate is called misleading, and the rows of a kind that tell it from chance."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +84,15 @@ class SensitivityReport:
         """The first `count` rows of one kind."""
         return tuple(row for row in self.rows if kind is None or row.kind == kind)[:count]
 
+    def misleading(self) -> dict[str, float]:
+        """The rank correlations that are too low for what allocation does by the estimate, by kind."""
+        counts: Counter[str] = Counter(row.kind for row in self.rows if row.estimate is not None)
+        return {
+            kind: value
+            for kind, value in self.rank_correlation.items()
+            if value < LEAST_CORRELATION and counts[kind] >= LEAST_UNITS
+        }
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
         return asdict(self)
@@ -88,7 +103,8 @@ class SensitivityReport:
             f"{row.kind:<10} {row.sqnr_db:7.1f}  {'' if row.bits is None else row.bits:>4}  {row.name}"
             for row in self.rows
         ]
-        return "\n".join(lines)
+        known = ", ".join(f"{kind}s {value:.2f}" for kind, value in self.rank_correlation.items())
+        return "\n".join([*lines, *([f"rank correlation of allocation's estimate: {known}"] if known else [])])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,6 +181,18 @@ def measure_sensitivity(
         samples=len(rows),
         rank_correlation=_correlations(measured),
     )
+
+
+def warn_of_estimate(report: SensitivityReport, *, stacklevel: int) -> None:
+    """Warn in one line where the estimate that allocation goes by ranks otherwise than the measurement."""
+    found = ", ".join(f"{kind}s {value:.2f}" for kind, value in report.misleading().items())
+    if found:
+        warnings.warn(
+            f"calibrate() may raise other layers than the worst: rank correlation of its estimate with these figures "
+            f"is {found} (want {LEAST_CORRELATION:g}); give the worst rows more bits by LayerRule, or set target_sqnr",
+            QDiffWarning,
+            stacklevel=stacklevel,
+        )
 
 
 def spearman(first: Sequence[float], second: Sequence[float]) -> float:

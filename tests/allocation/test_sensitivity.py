@@ -1,6 +1,7 @@
 """What quantizing each unit alone costs: exact figures, order, resumption."""
 
 import copy
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from qdiff_fx.allocation.sensitivity import PROGRESS_FILE, spearman
 from qdiff_fx.allocation.units import input_units, weight_units
 from qdiff_fx.calibration import CalibrationSet
 from qdiff_fx.calibration.driver import weight_quantizers
-from qdiff_fx.errors import CheckpointError
+from qdiff_fx.errors import CheckpointError, QDiffWarning
 from qdiff_fx.fake_quantize import QuantizerMode
 from qdiff_fx.model import PreparedUNet
 from qdiff_fx.passes.analysis import blocks
@@ -96,6 +97,22 @@ def test_figures_of_another_run_are_refused(prepared: PreparedUNet, data: Calibr
     quantizer.scale = 2.0 * quantizer.scale
     with pytest.raises(CheckpointError, match=PROGRESS_FILE):
         qdiff_fx.sensitivity(changed, data, samples=8, checkpoint_dir=tmp_path)
+
+
+@pytest.mark.parametrize(("order", "warned"), [("the same", False), ("reversed", True), ("too few to tell", False)])
+def test_an_estimate_that_ranks_otherwise_is_warned_of(order: str, warned: bool) -> None:
+    count = 4 if order == "too few to tell" else 20
+    estimates = [float(i) for i in range(count)]
+    errors = estimates if order == "the same" else estimates[::-1]
+    rows = tuple(
+        module.SensitivityRow(kind="weight", name=str(index), bits=4, error=error, estimate=estimate)
+        for index, (error, estimate) in enumerate(zip(errors, estimates, strict=True))
+    )
+    report = module.SensitivityReport(rows=rows, samples=8, rank_correlation={"weight": spearman(errors, estimates)})
+    expected = pytest.warns(QDiffWarning, match=r"is weights -1\.00 \(want 0\.8\); give the worst rows more bits")
+    with expected if warned else nullcontext():
+        module.warn_of_estimate(report, stacklevel=1)
+    assert str(report).endswith(f"rank correlation of allocation's estimate: weights {spearman(errors, estimates):.2f}")
 
 
 def test_rank_correlation_is_spearmans() -> None:
