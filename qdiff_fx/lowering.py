@@ -96,7 +96,7 @@ class LoweringReport:
       rows: in execution order.
       extra_quantize_steps: quantize steps beyond one a tensor, for layers that are better off with their own.
       timings: of this machine, with those taken for this report; {} unless kernels were chosen by timing.
-      steps: milliseconds that one call of the example's sizes took on each backend; {} unless it was chosen by that.
+      steps: milliseconds that one call of calibration's sizes took on each backend; {} unless it was chosen by that.
       refused: backends that could not be timed against the others, and why.
     """
 
@@ -120,8 +120,8 @@ class LoweringReport:
         lines = [header]
         for row in self.rows:
             times = row.times if timed else ()
-            reason = (row.reason,) if why else ()
-            lines.append((row.layer, row.kernel, row.dtype, f"{row.bytes:,}", *times, row.fallback, *reason))
+            widths_by = (row.reason,) if why else ()
+            lines.append((row.layer, row.kernel, row.dtype, f"{row.bytes:,}", *times, row.fallback, *widths_by))
         widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
         table = [
             "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
