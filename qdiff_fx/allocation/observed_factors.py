@@ -17,7 +17,8 @@ from qdiff_fx.numerics.weights import expand_input_channels
 
 EXPONENT = 0.5
 MINIMUM_GAIN_DB = 6.0
-"""The prediction knows maxima, not distributions, and a range search that clips is given up: only clear gains count."""
+"""The prediction knows maxima, not distributions, and a range search that clips is given up: only clear gains count
+(docs/decisions/073)."""
 
 
 @torch.no_grad()
