@@ -54,8 +54,8 @@ docs: .venv/.docs
 	@echo "open site/index.html"
 
 gpu: $(INSTALLED)
-	TRITON_INTERPRET=0 $(BIN)/python -m pytest -q -m "slow or not slow" -k cuda \
-	  tests/kernels/test_backends_contract.py tests/kernels/test_cuda_device.py
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest -q -m "slow or not slow" -k cuda tests/kernels/test_backends_contract.py \
+	  tests/kernels/test_codes_contract.py tests/kernels/test_attention_contract.py tests/kernels/test_cuda_device.py
 	$(BIN)/python benchmarks/latency.py --device cuda sd15 sdxl --out docs/results-cuda.json
 
 lint: $(INSTALLED)

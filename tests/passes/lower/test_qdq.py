@@ -119,7 +119,8 @@ def test_channel_factors_become_a_multiplication(sketch: nn.Module, preparer: Pr
     codes, _ = _first_layer_behind_the_stem(lowered, inputs)
     wanted, _ = _first_layer_behind_the_stem(model.plan, inputs)
     difference = (codes.int() - wanted.int()).abs()
-    assert int(difference.max()) <= 1 and float((difference > 0).float().mean()) < 1e-2
+    # Two codes in a million move, by a step: tests/kernels/test_codes_contract.py holds them to where they may.
+    assert int(difference.max()) <= 1 and int((difference > 0).sum()) <= 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
