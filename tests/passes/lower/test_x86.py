@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._inductor.config as inductor
 from torch import Tensor, fx, nn
 from torch._dynamo.utils import counters
 from torch._inductor.utils import run_and_get_code
@@ -176,6 +177,24 @@ def test_grad_mode_does_not_matter_and_compiling_from_outside_works(prepared: qd
     counters.clear()
     compiled = torch.compile(model)
     assert signal_to_noise(wanted, compiled(*inputs)) > 30.0
+
+
+@pytest.mark.slow
+def test_freezing_leaves_results_as_they_are(prepared: qdiff_fx.PreparedUNet) -> None:
+    """The packed weights become constants of the compiled code; set globally, as only that reaches dynamo."""
+    model = qdiff_fx.convert(prepared, backend="x86")
+    with torch.no_grad(), inductor.patch(freezing=True):
+        model.compile()
+        inputs = sketch_inputs()
+        result, code = run_and_get_code(model, *inputs)
+        other = torch.randn(3, 2, 8, 16), torch.linspace(1.0, 999.0, 3)
+        results = [result, model(*other)]
+    assert "_frozen_param" in "".join(code)
+    plain = qdiff_fx.convert(prepared, backend="x86")
+    for call, seen in zip((inputs, other), results, strict=True):
+        # Equal, unless a frozen float32 convolution sums in another order, which can move a later code by a step: far
+        # less than rounding itself, 25 dB here.
+        assert signal_to_noise(plain(*call), seen) > 40.0
     assert not counters["graph_break"]
 
 
