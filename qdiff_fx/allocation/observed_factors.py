@@ -16,14 +16,16 @@ from qdiff_fx.numerics.affine import QParams, qparams_from_range
 from qdiff_fx.numerics.weights import expand_input_channels
 
 EXPONENT = 0.5
-MINIMUM_GAIN_DB = 6.0
-"""The prediction knows maxima, not distributions, and a range search that clips is given up: only clear gains count
-(docs/decisions/073)."""
+REDRAWN_GAIN_DB = 6.0
+"""What a factor must be predicted to gain where it rounds weights of fewer than 8 bits anew. The prediction knows
+maxima, not distributions, and a range search that clips is given up (docs/decisions/073)."""
 
 
 @torch.no_grad()
 def equalize_from_maxima(graph_module: fx.GraphModule) -> tuple[str, ...]:
-    """Fold max|x_c|^0.5 / max|W_c|^0.5 where it clearly lowers the predicted error; names of the layers' inputs.
+    """Fold max|x_c|^0.5 / max|W_c|^0.5 where it lowers the predicted error; names of the layers' inputs.
+
+    Where a reader has a weight of fewer than 8 bits, it must lower it by `REDRAWN_GAIN_DB`.
 
     For each layer the error of a uniform grid is predicted from maxima alone: steps of (s_x m_c)^2 / 12 through the
     weight's column, and the rounding of the weight, taken exactly, under inputs of a third of the channel's maximum
@@ -48,7 +50,8 @@ def equalize_from_maxima(graph_module: fx.GraphModule) -> tuple[str, ...]:
         ones = torch.ones_like(factor)
         plain = _predicted(readers, [reader.quantizer for reader in readers], maxima, quantizer.scale * ones)
         equalised = _predicted(readers, fitted, maxima, qparams.scale * factor)
-        if equalised * 10.0 ** (MINIMUM_GAIN_DB / 10.0) >= plain:
+        redrawn = any(reader.quantizer.spec.bits < 8 for reader in readers)
+        if equalised * 10.0 ** (REDRAWN_GAIN_DB * redrawn / 10.0) >= plain:
             continue
         install_factor(quantizer, factor, qparams, readers, fitted)
         changed.extend(LAYER.require(reader.call.node).name for reader in readers)

@@ -30,10 +30,10 @@ class Stream(nn.Module):
         return result
 
 
-def observed(ratio: float, equalize: bool = True) -> tuple[PreparedUNet, Tensor]:
+def observed(ratio: float, equalize: bool = True, preset: str = "w8a8") -> tuple[PreparedUNet, Tensor]:
     sample = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     module = Stream(ratio).eval()
-    config = qdiff_fx.QDiffConfig.preset("w8a8", equalize=equalize)
+    config = qdiff_fx.QDiffConfig.preset(preset, equalize=equalize)
     prepared = qdiff_fx.prepare(module, config, example_inputs=(sample,))
     with torch.no_grad():
         prepared(sample)
@@ -52,10 +52,12 @@ def test_an_outlier_channel_is_equalised() -> None:
     assert convert_and_measure(1000.0, equalize=False) < convert_and_measure(1.0, equalize=False) - 6.0
 
 
-def test_an_even_net_is_left_alone() -> None:
-    prepared, _ = observed(1.0)
+@pytest.mark.parametrize(("preset", "wanted"), [("w8a8", ["middle"]), ("w4a8", [])])
+def test_a_small_gain_counts_with_eight_bits_only(preset: str, wanted: list[str]) -> None:
+    prepared, _ = observed(3.0, preset=preset)  # rather even: a factor is predicted to gain less than 6 dB
     qdiff_fx.convert(prepared, backend="reference")
-    assert all(unit.quantizer.channel_factor is None for unit in input_units(prepared.graph_module))
+    units = input_units(prepared.graph_module)
+    assert [layer for unit in units if unit.quantizer.channel_factor is not None for layer in unit.layers] == wanted
 
 
 def test_converting_again_changes_nothing() -> None:
