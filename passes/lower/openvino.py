@@ -31,7 +31,8 @@ class RunByOpenVINO(GraphPass):
     """All calls of the graph become one call of a compiled OpenVINO model.
 
     What each layer really runs on is asked of the compiled model and kept with the nodes that the call stands for; an
-    integer layer that the plugin runs in floating point is a fallback.
+    integer layer that the plugin runs in floating point, or that no kernel lists among those it stands for, is a
+    fallback.
 
     Left alone: graphs under `separate`, where every layer's result must be seen; they run the plan's own operators.
     """
@@ -73,6 +74,8 @@ def _tell_kernels(calls: list[fx.Node], placement: Any) -> None:
         runs = placement.get(node.name)
         if runs is None:
             KERNEL.set(node, "openvino, part of another kernel")
+            if node.target in _INTEGER:
+                FALLBACK.set(node, "no kernel of OpenVINO's compiled model names it, so nothing shows it on integers")
             continue
         KERNEL.set(node, f"openvino {runs.kind} {runs.precision} {runs.implementation}")
         if node.target in _INTEGER and not runs.is_integer:

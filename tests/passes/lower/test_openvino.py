@@ -138,24 +138,6 @@ def test_the_report_has_a_row_a_layer_with_what_it_runs_on(prepared: qdiff_fx.Pr
     assert len(fallbacks) == 1 and "dropped" in fallbacks[0].fallback and not fallbacks[0].simulated
 
 
-def test_a_layer_that_lost_its_integers_is_a_fallback_that_strict_refuses(
-    prepared: qdiff_fx.PreparedUNet, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from qdiff_fx.kernels.openvino_nodes.program import Program, RunsOn
-
-    placement = Program.placement
-
-    def lame(self: Program) -> Any:
-        seen = RunsOn(kind="Convolution", precision="f32", implementation="ref")
-        return {name: seen if runs.kind == "Convolution" else runs for name, runs in placement(self).items()}
-
-    monkeypatch.setattr(Program, "placement", lame)
-    rows = qdiff_fx.convert(prepared, backend="openvino").lowering_report().rows
-    assert next(row for row in rows if row.layer == "wide").fallback == "OpenVINO runs it in f32"
-    with pytest.raises(BackendError, match="wide: OpenVINO runs it in f32"):
-        qdiff_fx.convert(prepared, backend="openvino", strict=True)
-
-
 def test_a_copy_and_a_loaded_checkpoint_run_alone(prepared: qdiff_fx.PreparedUNet, tmp_path: Path) -> None:
     # A copy of its own: the plan shares tensors with the network of other tests, and they are zeroed here.
     model = qdiff_fx.convert(copy.deepcopy(prepared), backend="openvino")
