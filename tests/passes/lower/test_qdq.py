@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, fx, nn
 
 import qdiff_fx
+from contract_backends import Tried, integer_layer, lowered
+from contract_cases import Operands
 from pass_checks import snapshot
 from qdiff_fx.config import LayerRule, QDiffConfig
 from qdiff_fx.graph.edit import shared_copy
@@ -185,3 +187,23 @@ def test_the_x86_inductor_backend_finds_the_integer_convolutions(prepared: qdiff
     result = result[0] if isinstance(result, (tuple, list)) else result
     assert "qconv_pointwise" in "".join(code)
     assert signal_to_noise(wanted, result) > 30.0
+
+
+def test_openvinos_own_converter_stops_at_the_int8_weight() -> None:
+    """Why backend="openvino" is written node by node (docs/decisions/050). Should this pass one day, say so there."""
+    openvino = pytest.importorskip("openvino")
+    operands = Operands((1, 4, 5, 5), (6, 4, 3, 3), "int8", last=255, scaled=True)
+    tail = ([6, 4, 3, 3], [1, 1], [1, 1], [1, 1], 1, torch.float32)
+
+    def build(graph: fx.Graph, root: nn.Module, given: list[fx.Node]) -> fx.Node:
+        root.register_buffer("inv_scale", torch.tensor(1 / operands.x_scale))
+        codes = graph.call_function(qdiff.quantize.default, (given[0], graph.get_attr("inv_scale"), 120, 0, 255, 1))
+        return integer_layer(graph, root, codes, qdiff.conv2d.default, operands, 120, tail)
+
+    x = torch.randn(1, 4, 5, 5)
+    module = lowered(Tried(name="qdq"), [x], build).module
+    exported = torch.export.export(module, (x,))
+    with pytest.raises(
+        openvino.frontend.OpConversionFailure, match=r"(?s)aten\.convolution.*element type: i8, arg1.*f32"
+    ):
+        openvino.convert_model(exported)
