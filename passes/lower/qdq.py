@@ -38,7 +38,8 @@ class QuantizeDequantizeLayers(RewritePass[QuantizedReaders]):
     Layers compute in float32, whatever the carrier, and their output is cast to it: codes times scales do not fit
     bfloat16. Weights are symmetric int8, 4-bit ones with zero points and shifts folded in. Consumers know activation
     scales per tensor only, so a vector inv_scale becomes a multiplication by 1 / m before the quantize step; its two
-    roundings move about two codes in a million by one step. One dequantize step a reader, which is what they match.
+    roundings move about two codes in a million by one step, none where m is a power of two. One dequantize step a
+    reader, which is what they match.
 
     Left alone: codes that anything but an integer layer reads, and layers whose constants are computed in the graph.
     """
@@ -74,7 +75,7 @@ class QuantizeDequantizeLayers(RewritePass[QuantizedReaders]):
             if x.meta["val"].dtype != torch.float32:
                 x = create_call(graph, aten.to.dtype, (x, torch.float32), like=node)
             if shape_of(inv_scale):
-                reciprocals = get_tensor(graph_module, inv_scale.target).detach() * scale
+                reciprocals = _reciprocal_factors(get_tensor(graph_module, inv_scale.target).detach(), scale)
                 value = along_axis(reciprocals, len(shape_of(x) or ()), axis)
                 factor = _constant(graph_module, f"qdq_{node.name}_factor", value, like=node)
                 x = create_call(graph, aten.mul.Tensor, (x, factor), like=node)
@@ -101,6 +102,16 @@ class QuantizeDequantizeWeights(StoredWeightPass):
                 weight = create_call(graph, aten.to.dtype, (weight, dtype), like=match)
         match.replace_all_uses_with(weight)
         graph.erase_node(match)
+
+
+def _reciprocal_factors(inv_scale: Tensor, scale: float) -> Tensor:
+    """1 / m_c of inv_scale_c = 1 / (s_x m_c), a power of two exactly where m_c is one.
+
+    There the rounding of 1 / s_x alone stands between the two, and multiplying must not round once more.
+    """
+    factors = inv_scale.double() * scale
+    powers = torch.exp2(torch.log2(factors).round())
+    return torch.where((factors / powers - 1.0).abs() < 2.0**-23, powers, factors).float()
 
 
 def _rewrite_layer(graph_module: fx.GraphModule, layer: fx.Node, grid: tuple[Any, ...]) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hypothesis.strategies as st
 import pytest
 import torch
+from hypothesis import given, settings
 from torch import Tensor, fx, nn
 
 from contract_backends import KERNELS, Build, Tried, integer_layer, lowered
 from contract_cases import ROUNDING, Operands
-from qdiff_fx.numerics.affine import along_axis
+from qdiff_fx.numerics.affine import along_axis, reciprocal
 
 aten = torch.ops.aten
 qdiff = torch.ops.qdiff
@@ -65,13 +67,15 @@ def test_codes_are_equal_to_the_bit(
         assert result.is_contiguous(memory_format=torch.channels_last if image else torch.contiguous_format)
 
 
-def identity_layer(shape: tuple[int, ...], axis: int, inv_scale: Tensor, grid: tuple[int, int, int]) -> Build:
-    """A layer that returns the codes it reads, less their zero point, times STEP; [B, C, L] runs as a conv1d."""
+def identity_layer(
+    shape: tuple[int, ...], axis: int, inv_scale: Tensor, grid: tuple[int, int, int], step: float = STEP
+) -> Build:
+    """A layer that returns the codes it reads, less their zero point, times `step`; [B, C, L] runs as a conv1d."""
     channels, image = shape[axis], axis == 1
     weight = torch.eye(channels, dtype=torch.int8)
     operands = Operands((1, channels), (channels, channels), "int8", last=255, scaled=False)
     operands.tensors["weight"] = weight[:, :, None, None] if image else weight
-    operands.x_scale = STEP
+    operands.x_scale = step
     tail = ([channels, channels, 1, 1], [1, 1], [0, 0], [1, 1], 1) if image else ([channels, channels],)
     target = qdiff.conv2d.default if image else qdiff.linear.default
 
@@ -117,6 +121,17 @@ def test_layers_read_the_codes(
     assert int(ties.sum()) <= 4  # two are among the activations
     assert torch.equal(seen[~ties], wanted[~ties])
     assert ((seen - wanted).abs() <= 1).all()
+
+
+@settings(max_examples=40)
+@given(step=st.floats(2.0**-10, 8.0, width=32), shifts=st.lists(st.integers(-3, 3), min_size=6, max_size=6))
+def test_factors_that_are_powers_of_two_leave_codes_of_qdq_to_the_bit(step: float, shifts: list[int]) -> None:
+    inv_scale = reciprocal(step * torch.exp2(torch.tensor(shifts, dtype=torch.float32)))
+    shape, grid = (2, 9, 6), (120, 0, 255)
+    x = activations(shape, inv_scale, 2)
+    x[1] = (torch.randint(-120, 120, (9, 6)) + 0.5) * step * torch.exp2(torch.tensor(shifts))  # ties, or next to them
+    run = lowered(Tried(name="qdq"), [x], identity_layer(shape, 2, inv_scale, grid, step))
+    assert torch.equal((run(x) / step).round() + 120, qdiff.quantize.default(x, inv_scale, *grid, 2).float())
 
 
 @pytest.mark.parametrize("stored", ["int8", "int4"])
