@@ -53,7 +53,7 @@ def test_the_remedies_of_a_refused_run_take_the_same_work_folder(
         patch.setattr("qdiff_fx.stages.quality.GUARD_DB", 1000.0)
         assert main([*command, "--preset", "w4a4"]) == 1
         assert main([*command, "--preset", "w8a8"]) == 1
-    assert main([*command, "--preset", "w4a4", "--target-sqnr", "20"]) == 0
+    assert main([*command, "--preset", "w4a4", "--target-sqnr", "30"]) == 0
     assert json.loads((out / "calibration.json").read_text())["quality"]["accepted"]
 
 
