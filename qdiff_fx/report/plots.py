@@ -205,6 +205,7 @@ def plot_slacks(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         ("learned", "exact"): "mse-split",
     }
     kinds = tuple(dict.fromkeys(row["kind"] for row in rows))
+    labelled: dict[str, Any] = {}
     with mpl.rc_context(_STYLE):  # type: ignore[arg-type]
         figure = Figure(figsize=(_SIZE[0] * max(1, len(kinds)), _SIZE[1]), layout="constrained")
         for column, kind in enumerate(kinds):
@@ -219,15 +220,15 @@ def plot_slacks(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
             for (model, rounding, ranking), points in curves.items():
                 dashed = model != rows[0]["model"]
                 for name, marker in (("median_db", "o"), ("endpoint_db", "^")):
-                    axes.plot(
+                    (line,) = axes.plot(
                         [100 * point["slack"] for point in points],
                         [point[name] for point in points],
                         color=COLOURS[colours[rounding, ranking]],
                         marker=marker,
                         markersize=4,
                         linestyle="--" if dashed else "-",
-                        label=f"{model}, {rounding}, {ranking}: {'median SQNR' if marker == 'o' else 'end point'}",
                     )
-            if column == 0:
-                axes.legend(fontsize=7)
+                    label = f"{model}, {rounding}, {ranking}: {'median SQNR' if marker == 'o' else 'end point'}"
+                    labelled.setdefault(label, line)
+        figure.legend(labelled.values(), labelled, fontsize=7, ncols=3, handlelength=4, loc="outside lower center")
         _save(figure, path)
