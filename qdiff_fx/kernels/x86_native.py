@@ -35,6 +35,8 @@ _LARGEST_CODE, _MIDDLE = 255, 128
 """Of input codes, and what is taken from them where weights are not small (x86_sources/avx2.hpp)."""
 _CHANNEL_GROUP, _SPAN = 4, 4
 """Input channels of one instruction; such groups whose products are added in 16 bits, kSpan of the source."""
+_ROWS = 64
+"""Outputs that are looked at together: sums of magnitudes take twice the bytes of their weights."""
 
 _FOLDER = Path(__file__).with_name("x86_sources")
 _OPTIONS = (
@@ -134,8 +136,11 @@ class NativeKernels:
             offset += _MIDDLE * filled[:, wide].sum((1, 2), dtype=torch.int32)
             spans = torch.nn.functional.pad(narrow.to(torch.int8), (0, -len(narrow) % 4))
         rows = [torch.nn.functional.pad(row, (0, -outputs % self.output_block)) for row in (scale, bias)]
-        parts = (codes, offset.view(torch.int8), *(row.view(torch.int8) for row in rows), spans)
-        return torch.cat([part.flatten() for part in parts])
+        tail = torch.cat([offset.view(torch.int8), *(row.view(torch.int8) for row in rows), spans])
+        packed = weight.new_empty(codes.numel() + len(tail))
+        packed[: codes.numel()].view(codes.shape).copy_(codes)  # the weight stands in memory twice, not three times
+        packed[codes.numel() :] = tail
+        return packed
 
 
 def _narrow_spans(weight: Tensor) -> Tensor:
@@ -143,14 +148,20 @@ def _narrow_spans(weight: Tensor) -> Tensor:
 
     Pairs of neighbouring channels meet in one number, and those of the span's four groups are added to it.
     """
-    outputs, channels, kernel = weight.shape
-    pairs = weight.abs().view(outputs, channels // _CHANNEL_GROUP, 2, 2, kernel).sum(3, dtype=torch.int32)
-    pairs = torch.nn.functional.pad(pairs, (0, 0, 0, 0, 0, -pairs.shape[1] % _SPAN))
-    sizes = pairs.view(outputs, -1, _SPAN, 2, kernel).sum(2).amax((0, 2, 3))
+    channels = weight.shape[1]
+    sizes = torch.stack([_span_sizes(rows) for rows in torch.split(weight, _ROWS)]).amax(0)
     narrow = sizes * _LARGEST_CODE <= torch.iinfo(torch.int16).max
     if channels % (_SPAN * _CHANNEL_GROUP):
         narrow[-1] = False  # the kernel takes whole spans only
     return narrow
+
+
+def _span_sizes(weight: Tensor) -> Tensor:
+    """The largest sum of magnitudes that meets in one number, for every 16 channels: int32 [ceil(C / 16)]."""
+    outputs, channels, kernel = weight.shape
+    pairs = weight.abs().view(outputs, channels // _CHANNEL_GROUP, 2, 2, kernel).sum(3, dtype=torch.int32)
+    pairs = torch.nn.functional.pad(pairs, (0, 0, 0, 0, 0, -pairs.shape[1] % _SPAN))
+    return pairs.view(outputs, -1, _SPAN, 2, kernel).sum(2).amax((0, 2, 3))
 
 
 VNNI = NativeKernels(
