@@ -94,6 +94,15 @@ def preparer() -> Any:
 
 
 @pytest.fixture(scope="session")
+def quantized(preparer: Any, unconditional: nn.Module) -> Any:
+    """The unconditional model at 4-bit weights, on the reference."""
+    import qdiff_fx
+
+    torch.manual_seed(0)
+    return qdiff_fx.convert(preparer.fitted(unconditional, "w4a8"), backend="reference")
+
+
+@pytest.fixture(scope="session")
 def foreign() -> Callable[[type[nn.Module]], Any]:
     from subjects import foreign_net
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
+
+from qdiff_fx.graph.finite import is_finite
 
 
 def first_non_finite(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:
@@ -19,7 +20,7 @@ def first_non_finite(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str
 
     def watch(path: str) -> Any:
         def hook(child: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            if not found and _finite((args, kwargs)) and not _finite(output):
+            if not found and is_finite((args, kwargs)) and not is_finite(output):
                 found.append(path)
 
         return hook
@@ -36,13 +37,3 @@ def first_non_finite(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str
         for handle in handles:
             handle.remove()
     return found[0] if found else None
-
-
-def _finite(value: Any) -> bool:
-    return all(bool(torch.isfinite(tensor).all()) for tensor in _floating(value))
-
-
-def _floating(value: Any) -> Iterator[torch.Tensor]:
-    for leaf in pytree.tree_leaves(value):
-        if isinstance(leaf, torch.Tensor) and leaf.is_floating_point():
-            yield leaf
